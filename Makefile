@@ -1,0 +1,24 @@
+# make train | make test | make test-slow: each sets up .venv by itself; a second call does not install again.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup train test test-slow
+setup: $(READY)
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	touch $@
+
+train: $(READY)
+	$(BIN)/torchrun --nproc-per-node 2 launch/train.py +norm=syncbn
+
+test: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,20 @@
+"""Synchronize BatchNorm over processes: any device, any split of the batch, one answer."""
+
+from . import functional
+from .batchnorm import SyncBatchNorm
+from .convert import PlanRow, convert, plan, register, revert
+from .freeze import freeze, unfreeze
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PlanRow",
+    "SyncBatchNorm",
+    "convert",
+    "freeze",
+    "functional",
+    "plan",
+    "register",
+    "revert",
+    "unfreeze",
+]

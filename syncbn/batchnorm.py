@@ -1,0 +1,137 @@
+"""The layer: nn.BatchNorm's words, keys and numbers, with the statistics of the batch on all ranks."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional, recompute
+from .collectives import GroupSpec, ProcessGroupLike
+from .ddp import keep_buffers_of
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Normalize with the statistics of the batch on all ranks; equal to ``nn.BatchNorm*d`` on the joined batch.
+
+    In training ``y = (x - mean) / sqrt(var + eps) * weight + bias`` with mean and biased variance per channel over
+    all ranks of ``process_group``, for any split of the batch, and running statistics move by ``momentum`` with the
+    unbiased variance. In eval mode, without torch.distributed and in a group of one it is plain ``F.batch_norm``.
+
+    Shapes: input and output ``(N, C, *)`` of two or more dimensions, N may be 0 on some ranks or on all.
+
+    Collectives: see `functional.sync_batch_norm`: one exchange forward and one backward, none in eval mode. The first
+    training forward makes the process groups of an int or "node", if conversion did not: a collective of the world.
+
+    Args:
+        num_features: Channels C of the input.
+        eps: Added to the variance under the root.
+        momentum: Part of the batch in the new running statistics; None for the cumulative average.
+        affine: Whether the layer learns ``weight`` and ``bias``.
+        track_running_stats: Whether to keep running statistics; without them eval mode uses those of its own batch.
+        process_group: Ranks that share statistics: None for all, a number of consecutive ranks, "node", a
+            ProcessGroup, or a DeviceMesh of one dimension.
+        device: Device of parameters and buffers.
+        dtype: Dtype of parameters and buffers.
+        bias: Whether an affine layer has a ``bias``.
+
+    Raises:
+        ValueError: For an unusable ``process_group``; in forward, see `functional.sync_batch_norm`.
+
+    Sources: Ioffe & Szegedy 2015, algorithm 1; Peng et al. 2018 (MegDet), section 3.3.
+
+    Example:
+        >>> import torch, syncbn
+        >>> layer = syncbn.SyncBatchNorm(3)
+        >>> y = layer(torch.randn(8, 3, 4, 4))
+        >>> bool(y.mean((0, 2, 3)).abs().max() < 1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: ProcessGroupLike = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.process_group = process_group
+
+    @property
+    def process_group(self) -> Any:
+        """Ranks that share statistics, as given; for a layer that was pickled with a ProcessGroup, their numbers."""
+        return self._group_spec.value
+
+    @process_group.setter
+    def process_group(self, value: ProcessGroupLike | GroupSpec) -> None:
+        self._group_spec = value if isinstance(value, GroupSpec) else GroupSpec(value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``; see the class."""
+        self._check_input_dim(input)
+        if not self.training and self.running_mean is None:  # its own batch, on this rank alone, as nn.BatchNorm does
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        tracks = self.training and self.track_running_stats and not recompute.is_recomputing()
+        if self.training and self._group_spec.is_subgroup:
+            keep_buffers_of(_has_subgroup)
+        return functional.sync_batch_norm(
+            input,
+            self.running_mean if tracks or not self.training else None,
+            self.running_var if tracks or not self.training else None,
+            self.weight,
+            self.bias,
+            self.training,
+            self._count_batch() if tracks else 0.0,
+            self.eps,
+            self._group_spec,
+        )
+
+    def _count_batch(self) -> float | Tensor:
+        """Count this batch, and return its part in the running statistics without reading the count back."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        return 0.0 if self.num_batches_tracked is None else 1.0 / self.num_batches_tracked.double()
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Check what the class that the layer was converted from checks, as nn.BatchNorm2d wants 4 dimensions."""
+        original = self.__dict__.get("_syncbn_original")
+        if original is None and not torch.compiler.is_compiling():
+            self.__dict__["_input_dims"] = input.dim()  # so that revert(as_batchnorm=True) finds the right class
+        check = getattr(original.cls, "_check_input_dim", None) if original is not None else None
+        if check is not None:
+            check(self, input)
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments, the process group only where it is not the world."""
+        group = f", process_group={self._group_spec!r}" if self._group_spec.is_subgroup else ""
+        return f"{super().extra_repr()}{group}"  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: ProcessGroupLike = None) -> nn.Module:
+        """Convert every BatchNorm of ``module``: the same call as torch's, done by `syncbn.convert`."""
+        from . import convert  # the door: conversion knows the layer, not the other way round
+
+        return convert(module, process_group=process_group)
+
+
+def _has_subgroup(module: nn.Module) -> bool:
+    return isinstance(module, SyncBatchNorm) and module._group_spec.is_subgroup
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """SyncBatchNorm followed by ``drop`` and ``act``, what timm's fused BatchNormAct2d becomes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize, then drop and activate."""
+        y: Tensor = self.act(self.drop(super().forward(input)))  # type: ignore[operator]
+        return y

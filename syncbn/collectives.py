@@ -1,0 +1,205 @@
+"""The only file that calls torch.distributed: one exchange, and which ranks take part in it.
+
+A *spec* says which ranks share their statistics; a group is made from it late, since models are built, copied and
+pickled where no process group exists yet. Making a group is a collective of the whole world: a different order on
+another rank deadlocks. So every spec declares itself when it is made, and the first one that needs a group makes
+those of all declared specs, of all ranks, in one sorted order.
+"""
+
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
+
+_declared: set[int | str] = set()
+_made: dict[int | str, ProcessGroup | None] = {}
+_made_in: list[ProcessGroup] = []  # the world that _made belongs to
+
+
+def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum one packed buffer over the ranks of ``group``: one collective, the same result on every rank.
+
+    While torch.compile traces, or when gradients must flow through the sum (second order), the functional collective
+    is used; its gradient is again a sum over the ranks. Otherwise ``packed`` is overwritten.
+    """
+    if torch.compiler.is_compiling() or packed.requires_grad:
+        from torch.distributed import _functional_collectives as functional
+
+        summed: Tensor = functional.wait_tensor(functional.all_reduce(packed, "sum", group))  # type: ignore[no-untyped-call]
+        return summed
+    dist.all_reduce(packed, group=group)
+    return packed
+
+
+class GroupSpec:
+    """Which ranks share their statistics. Immutable; copies share it, and it pickles without a process group.
+
+    Args:
+        value: None for the world, an int for groups of that many consecutive ranks, ``"node"`` for the ranks of
+            equal host name, a ProcessGroup, or a DeviceMesh of one dimension.
+
+    Raises:
+        ValueError: If ``value`` is none of these, or a ProcessGroup that this rank is not in.
+    """
+
+    def __init__(self, value: ProcessGroupLike) -> None:
+        _check_spec(value)
+        self.value: ProcessGroupLike | tuple[int, ...] = value  # ranks: what is left of a pickled ProcessGroup
+        if isinstance(value, int | str):
+            _declared.add(value)
+
+    @property
+    def is_subgroup(self) -> bool:
+        """Whether statistics may differ between groups of ranks."""
+        return self.value is not None
+
+    def resolve(self) -> ProcessGroup | None:
+        """Find the process group, or None where there is nothing to exchange: no process group, or a group of one.
+
+        The first call that needs a group of an int or ``"node"`` makes the groups of all declared specs, which is
+        a collective of the whole world.
+
+        Raises:
+            ValueError: If an int does not divide the world size; if no group has the ranks that were pickled.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        if self.value is None:
+            group = dist.group.WORLD
+        elif isinstance(self.value, tuple):
+            group = _find_group(self.value)
+        elif isinstance(self.value, int | str):
+            group = _made_group(self.value)
+        elif isinstance(self.value, DeviceMesh):
+            group = self.value.get_group()
+        else:
+            group = self.value
+        return None if group is None or dist.get_world_size(group) == 1 else group
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GroupSpec) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GroupSpec":
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if isinstance(self.value, ProcessGroup):
+            return {"value": tuple(dist.get_process_group_ranks(self.value))}
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.value, int | str):
+            _declared.add(self.value)
+
+    def __repr__(self) -> str:
+        ranks = dist.get_process_group_ranks(self.value) if isinstance(self.value, ProcessGroup) else self.value
+        return f"ranks {list(ranks)}" if isinstance(ranks, list | tuple) else repr(ranks)
+
+
+def make_declared_groups() -> None:
+    """Make the groups of all declared specs now: a collective of the world, if torch.distributed is initialized."""
+    if _declared and dist.is_available() and dist.is_initialized() and not _is_made(_declared):
+        _make_groups()
+
+
+def _check_spec(value: ProcessGroupLike) -> None:
+    if dist.is_available() and value is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: expected a group that this rank is in, got one that it is not a member of.")
+    if isinstance(value, ProcessGroup) and dist.get_rank(value) < 0:
+        ranks, rank = dist.get_process_group_ranks(value), dist.get_rank()
+        raise ValueError(f"process_group: expected a group that rank {rank} is in, got one of the ranks {ranks}.")
+    if isinstance(value, DeviceMesh) and value.ndim != 1:
+        names = value.mesh_dim_names
+        raise ValueError(
+            f"process_group: expected a DeviceMesh of one dimension, got {value.ndim} dimensions {names or ''}; "
+            "give one of them, as in mesh['data']."
+        )
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return
+    if not (value is None or value == "node" or isinstance(value, ProcessGroup | DeviceMesh)):
+        raise ValueError(
+            "process_group: expected None (all ranks), a number of consecutive ranks (1 or more), 'node', "
+            f"a ProcessGroup or a DeviceMesh, got {value!r}."
+        )
+
+
+def _made_group(value: int | str) -> ProcessGroup | None:
+    if not _is_made({value}):
+        _make_groups()
+    return _made[value]
+
+
+def _is_made(values: set[int | str]) -> bool:
+    return bool(_made_in) and _made_in[0] is dist.group.WORLD and values <= _made.keys()
+
+
+def _make_groups() -> None:
+    """Make the groups of every spec declared on any rank; each rank keeps those it is in."""
+    world = dist.group.WORLD
+    assert world is not None
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (_declared, socket.gethostname()))
+    if not (_made_in and _made_in[0] is world):
+        _made.clear()
+        _made_in[:] = [world]
+    hosts = [host for _, host in everyone]
+    wanted = set().union(*(declared for declared, _ in everyone)) - _made.keys()
+    for value in sorted(wanted, key=lambda v: (isinstance(v, str), v)):
+        _made[value] = _make_groups_of(value, hosts)
+
+
+def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | None:
+    world_size, rank = len(hosts), dist.get_rank()
+    if isinstance(value, str):
+        parts = [[r for r in range(world_size) if hosts[r] == host] for host in sorted(set(hosts))]
+    elif world_size % value and world_size > 1:
+        choices = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"process_group={value}: expected a number of ranks that divides the world size {world_size}; "
+            f"choose one of {choices}."
+        )
+    else:
+        parts = [list(range(start, start + value)) for start in range(0, world_size, value)]
+    if len(parts) == 1:
+        return dist.group.WORLD
+    mine = None
+    for part in parts:  # every rank makes every group, in the same order
+        group = dist.new_group(part, timeout=_timeout()) if len(part) > 1 else None
+        mine = group if rank in part else mine
+    assert not isinstance(mine, int)
+    return mine
+
+
+def _timeout() -> timedelta | None:
+    """Read the world's time-out, which new groups do not inherit by themselves; None (torch's default) if unknown."""
+    for device in ("cpu", "cuda"):
+        try:
+            return dist.group.WORLD._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
+        except (AttributeError, RuntimeError):
+            continue
+    return None
+
+
+def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
+    if len(ranks) == 1 or dist.get_world_size() == 1:
+        return None
+    if ranks == tuple(range(dist.get_world_size())):
+        return dist.group.WORLD
+    for group in dist.distributed_c10d._world.pg_map:
+        if tuple(dist.get_process_group_ranks(group)) == ranks:
+            return group
+    raise ValueError(
+        f"process_group: this layer was pickled with the group of the ranks {list(ranks)}, and no such group exists "
+        "here. Make it with torch.distributed.new_group on every rank, or set layer.process_group."
+    )

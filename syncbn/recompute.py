@@ -1,0 +1,74 @@
+"""Recognize the second forward pass of activation checkpointing (torch.utils.checkpoint, both variants).
+
+The recomputation must not update running statistics again; the non-reentrant variant need not repeat the exchange
+either, since the checkpointed region can keep its first results. Both answers come from private parts of torch, each
+with a safe fall-back: without the first a recomputation counts as a forward pass, without the second it repeats the
+exchange.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .moments import Moments
+
+
+@dataclass
+class _Tape:
+    """Moments of the layers called in one checkpointed region, in order; any number of recomputations read them."""
+
+    moments: list[Moments] = field(default_factory=list)
+    position: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # by backward pass
+
+
+_tapes: weakref.WeakKeyDictionary[Any, _Tape] = weakref.WeakKeyDictionary()
+
+
+def is_recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass, and so repeats an earlier one."""
+    return not torch.compiler.is_compiling() and _backward_pass() != -1
+
+
+def remember(compute: Callable[[], Moments]) -> Moments:
+    """Return ``compute()``, or what it gave at the same place of the first pass of a non-reentrant checkpoint."""
+    if torch.compiler.is_compiling():
+        return compute()
+    frame, is_first_pass = _checkpoint_frame()
+    if frame is None:
+        return compute()
+    tape = _tapes.setdefault(frame, _Tape())
+    if is_first_pass:
+        tape.moments.append(compute())
+        return tape.moments[-1]
+    position = tape.position[_backward_pass()]
+    tape.position[_backward_pass()] += 1
+    return tape.moments[position] if position < len(tape.moments) else compute()
+
+
+def _backward_pass() -> int:
+    """Identify the running backward pass; -1 outside of any."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return -1 if current is None else int(current())
+
+
+def _checkpoint_frame() -> tuple[Any, bool]:
+    """Find the innermost non-reentrant checkpoint, and whether this is its first pass; (None, False) if there is none.
+
+    It stands in the closure of the hook that packs saved tensors: as ``frame`` in the first pass, as a weak reference
+    ``target_frame_ref`` in a recomputation.
+    """
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = top_hooks(True) if top_hooks is not None else None
+    pack: Any = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks else None
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return None, False
+    names = pack.__code__.co_freevars
+    cells = dict(zip(names, (cell.cell_contents for cell in pack.__closure__ or ()), strict=True))
+    if "frame" in cells:
+        return cells["frame"], True
+    reference = cells.get("target_frame_ref")
+    return (reference() if reference is not None else None), False

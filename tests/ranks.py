@@ -1,0 +1,131 @@
+"""Run a function on W ranks: processes that stay alive between tests, a fresh process group for each call.
+
+A test calls ``run(function, world_size, *args)`` and gets the list of what ``function(rank, world_size, *args)``
+returned. The function must stand at the top level of a test module. An error on any rank raises `RankError` with that
+rank's traceback; ranks that do not answer in time are named, and all processes are replaced.
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+TIMEOUT = 60  # seconds for one call; a compiling test asks for more
+GRACE = 5  # seconds that the others get after the first rank failed
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "syncbn"])
+
+
+class RankError(AssertionError):
+    """One or more ranks failed; ``errors`` maps the rank to its exception's class name and message."""
+
+    def __init__(self, message: str, errors: dict[int, tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.errors = errors
+
+
+class Ranks:
+    """A pool of rank processes on one device type: gloo for cpu, NCCL with one GPU per rank for cuda."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.device = device
+        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._folder = folder  # of the file stores
+        self._calls = itertools.count()
+
+    def run(self, function, world_size, *args, timeout=TIMEOUT, initialize=True):
+        """Return ``[function(rank, world_size, *args) for rank in range(world_size)]``, all ranks at once."""
+        while len(self._workers) < world_size:
+            self._workers.append(self._start())
+        store = str(self._folder / str(next(self._calls))) if initialize else None
+        job = (function, world_size, args, store, timeout)
+        connections = [connection for _, connection in self._workers[:world_size]]
+        for rank, connection in enumerate(connections):
+            connection.send_bytes(pickle.dumps((rank, *job)))
+        results, errors = self._collect(connections, timeout)
+        missing = sorted(set(range(world_size)) - results.keys() - errors.keys())
+        if missing:
+            self.close()
+        if errors or missing:
+            texts = [f"rank {rank} of {world_size} failed:\n{text}" for rank, (_, _, text) in sorted(errors.items())]
+            texts += [f"rank {rank} of {world_size} gave no answer within {timeout} s" for rank in missing]
+            raise RankError("\n".join(texts), {rank: error[:2] for rank, error in errors.items()})
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self):
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+    def _start(self):
+        ours, theirs = _context.Pipe()
+        process = _context.Process(target=_serve, args=(theirs, self.device), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _collect(self, connections, timeout):
+        deadline = time.monotonic() + timeout
+        waiting = dict(zip(connections, itertools.count()))
+        results, errors = {}, {}
+        while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    kind, value = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    kind, value = "error", ("EOFError", "", "the process ended\n")
+                if kind == "result":
+                    results[rank] = value
+                else:
+                    errors[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return results, errors
+
+
+def _serve(connection, device):
+    """Answer calls until the connection closes."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    with contextlib.suppress(EOFError):
+        while True:
+            rank, function, world_size, args, store, timeout = pickle.loads(connection.recv_bytes())
+            try:
+                answer = ("result", _call(rank, function, world_size, args, store, timeout, device))
+            except BaseException as error:
+                answer = ("error", (type(error).__name__, str(error), traceback.format_exc()))
+            connection.send_bytes(pickle.dumps(answer))
+
+
+def _call(rank, function, world_size, args, store, timeout, device):
+    import torch
+    import torch.distributed as dist
+
+    torch.manual_seed(0)
+    torch.set_default_device(None if device == "cpu" else torch.device(device, rank))
+    if store is None:
+        return function(rank, world_size, *args)
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout / 2),
+    )
+    try:
+        return function(rank, world_size, *args)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""The layer against one process, over the matrix of splits, dtypes, shapes, layouts and options."""
+
+import pytest
+import torch
+from oracle import Case, compare, make_case, run_case, truth
+
+# Relative to the largest value: float64 and float32 as promised for mean/std <= 100; half types at the rounding of
+# their own output (2^-8 and 2^-11), doubled for the rounding of dx after that of y's factors.
+RTOL = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+SPLITS = {
+    "even": lambda w: [2] * w,
+    "uneven": lambda w: [1 + 2 * r for r in range(w)],
+    "one empty": lambda w: [0 if r == w - 1 else 2 for r in range(w)],
+    "all but one empty": lambda w: [3 if r == 0 else 0 for r in range(w)],
+    "all empty": lambda w: [0] * w,
+}
+TAILS = {"2-D": (), "3-D": (5,), "4-D": (4, 3), "5-D": (2, 3, 2), "one pixel": (1, 1)}
+
+
+def run_cases(rank, world_size, cases):
+    return [run_case(rank, case) for case in cases]
+
+
+def check(run, world_size, cases, rtol=None):
+    results = run(run_cases, world_size, cases)
+    for i, case in enumerate(cases):
+        compare([result[i] for result in results], truth(case), case, rtol or RTOL[case.xs[0][0].dtype])
+
+
+def shapes(split, world_size, tail, channels=3):
+    return [(n, channels, *tail) for n in SPLITS[split](world_size)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_any_split_equals_one_process(run, world_size, split):
+    cases = [
+        make_case(shapes(split, world_size, tail), steps=2, dtype=dtype, layout=layout)
+        for tail in TAILS.values()
+        for dtype in (torch.float64, torch.float32)
+        for layout in (None, "channels_last", "permuted", "strided")
+        if sum(SPLITS[split](world_size)) != 1 or tail not in ((), (1, 1))
+    ]
+    check(run, world_size, cases)
+
+
+def test_eight_ranks(run):
+    check(run, 8, [make_case([(r % 3, 4, 3, 2) for r in range(8)], steps=2)])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_uneven_maps(run, world_size):
+    check(run, world_size, [make_case([(2, 3, 2 + r, 5 - r) for r in range(world_size)], dtype=torch.float32)])
+
+
+@pytest.mark.parametrize("split", ["even", "uneven", "one empty"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"affine": False},
+        {"bias": False},
+        {"momentum": None},
+        {"momentum": 0.0},
+        {"momentum": 1.0},
+        {"track_running_stats": False},
+        {"eps": 1e-2},
+        {"affine": False, "track_running_stats": False},
+    ],
+    ids=str,
+)
+def test_options(run, options, split):
+    cases = [
+        make_case(shapes(split, w, (3, 2)), steps=3, layer=options, dtype=dtype)
+        for w in (2,)
+        for dtype in (torch.float64, torch.float32)
+    ]
+    check(run, 2, cases)
+    check(run, 1, [make_case([(4, 3, 2)], steps=3, layer=options)])
+
+
+@pytest.mark.parametrize(
+    "case", [{"frozen_weight": True}, {"x_requires_grad": False}, {"x_requires_grad": False, "frozen_weight": True}], ids=str
+)
+def test_what_requires_grad(run, case):
+    check(run, 2, [make_case(shapes("uneven", 2, (3, 2)), **case)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("param_dtype", ["float32", "half"])
+@pytest.mark.parametrize("split", ["even", "uneven", "one empty"])
+def test_half_types(run, dtype, param_dtype, split):
+    param_dtype = torch.float32 if param_dtype == "float32" else dtype
+    check(run, 2, [make_case(shapes(split, 2, (8, 8)), dtype=dtype, param_dtype=param_dtype, layout=layout)
+                   for layout in (None, "channels_last")])
+
+
+def test_one_value_per_rank(run):
+    """BatchNorm1d at one sample per rank, and a 1x1 map: the group's count decides."""
+    check(run, 2, [make_case([(1, 3), (1, 3)]), make_case([(1, 3, 1, 1), (1, 3, 1, 1)]), make_case([(1, 3), (2, 3)])])
+
+
+def one_value(rank, world_size, tail):
+    x = torch.ones(1 if rank == 1 else 0, 3, *tail)
+    run_case(rank, Case([[x] * world_size], [[x] * world_size], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("tail", [(), (1, 1)])
+def test_one_value_in_the_group_raises_on_every_rank(run, tail):
+    with pytest.raises(AssertionError) as caught:
+        run(one_value, 3, tail)
+    errors = set(caught.value.errors.values())
+    assert len(errors) == 1
+    assert len(caught.value.errors) == 3
+    kind, message = errors.pop()
+    assert kind == "ValueError"
+    assert message.startswith("Expected more than 1 value per channel when training, got ")
+
+
+@pytest.mark.parametrize(("ratio", "y_limit", "var_limit"), [(100, 2e-5, 2e-5), (1e3, 3e-4, 1e-4), (1e4, 3e-3, 1e-4)])
+@pytest.mark.parametrize("split", ["even", "uneven", "one empty"])
+def test_large_means(run, ratio, y_limit, var_limit, split):
+    """float32 output within 3e-7 * mean/std, variance within 1e-4, up to mean/std = 1e4."""
+    case = make_case(shapes(split, 2, (16, 16)), dtype=torch.float32, mean=ratio, std=1.0, layer={"momentum": 1.0})
+    results, expected = run(run_cases, 2, [case]), truth(case)
+    for rank in range(2):
+        torch.testing.assert_close(
+            results[rank][0]["y"][0].double(), expected["y"][0][rank], rtol=2e-5, atol=y_limit
+        )
+        torch.testing.assert_close(
+            results[rank][0]["running_var"].double(), expected["running_var"], rtol=var_limit, atol=0
+        )
