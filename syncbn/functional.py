@@ -6,7 +6,7 @@ Backward: per-channel sums of dy and dy * xhat, one exchange,
 channel over all ranks. The gradients of weight and bias stay local sums, as DDP averages them.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,12 +68,11 @@ def sync_batch_norm(
     group = spec.resolve()
     if group is None:
         return _one_process(input, running_mean, running_var, weight, bias, momentum, eps)
-    with torch.no_grad():
-        batch = recompute.remember(lambda: _global_moments(input, eps, group))
-        if running_mean is not None and running_var is not None:
-            moments.update_running_statistics(running_mean, running_var, batch, momentum)
-    y: Tensor = _Normalize.apply(input, weight, bias, batch.count, batch.mean, batch.invstd, eps, group)
-    return y
+    y, *batch = _SyncBatchNorm.apply(input, weight, bias, eps, group)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            moments.update_running_statistics(running_mean, running_var, Moments(*batch), momentum)
+    return cast(Tensor, y)
 
 
 def _global_moments(x: Tensor, eps: float, group: ProcessGroup) -> Moments:
@@ -81,7 +80,7 @@ def _global_moments(x: Tensor, eps: float, group: ProcessGroup) -> Moments:
     local_count = x.numel() // x.shape[1]
     packed = moments.pack(local_count, *kernels.local_sums(x))  # (2C + 1,)
     batch = moments.unpack(all_reduce(packed, group), eps)
-    if local_count <= 1:  # with a global count of 1 this holds on every rank, so that all raise; no other rank waits
+    if local_count <= 1:  # so it is on every rank, if the global count is 1; no other rank has to read it
         _refuse_one_value(batch.count)
     return batch
 
@@ -115,30 +114,28 @@ def _one_process(
     return y
 
 
-class _Normalize(torch.autograd.Function):
-    """Normalize with given moments; the backward pass knows that they came from the inputs of all ranks.
+class _SyncBatchNorm(torch.autograd.Function):
+    """The training step of the layer: returns y and the moments of the whole batch (which have no gradient).
 
     Saves the input, the weight and O(C) numbers.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        count: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        eps: float,
-        group: ProcessGroup,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, count, mean, invstd)
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: ProcessGroup
+    ) -> tuple[Tensor, ...]:
+        batch = recompute.recall()
+        if batch is None:
+            batch = _global_moments(x, eps, group)
+            recompute.record(batch)
+        y = kernels.normalize(x, batch.mean, batch.invstd, weight, bias)
+        ctx.save_for_backward(x, weight, batch.count, batch.mean, batch.invstd)
         ctx.eps, ctx.group, ctx.bias_dtype = eps, group, None if bias is None else bias.dtype
-        return kernels.normalize(x, mean, invstd, weight, bias)
+        ctx.mark_non_differentiable(*batch)
+        return y, *batch
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, count, mean, invstd = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         if needs_dx and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -152,7 +149,7 @@ class _Normalize(torch.autograd.Function):
                 dx = kernels.input_gradient(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat)
         dweight = sum_dy_xhat.to(weight.dtype) if needs_dweight else None
         dbias = sum_dy.to(ctx.bias_dtype) if needs_dbias else None
-        return dx, dweight, dbias, None, None, None, None, None
+        return dx, dweight, dbias, None, None
 
 
 def _differentiable_backward(

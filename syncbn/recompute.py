@@ -8,7 +8,6 @@ exchange.
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,20 +32,22 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and _backward_pass() != -1
 
 
-def remember(compute: Callable[[], Moments]) -> Moments:
-    """Return ``compute()``, or what it gave at the same place of the first pass of a non-reentrant checkpoint."""
-    if torch.compiler.is_compiling():
-        return compute()
+def recall() -> Moments | None:
+    """Return what was recorded at the same place of the first pass, if this is a non-reentrant recomputation."""
     frame, is_first_pass = _checkpoint_frame()
-    if frame is None:
-        return compute()
-    tape = _tapes.setdefault(frame, _Tape())
-    if is_first_pass:
-        tape.moments.append(compute())
-        return tape.moments[-1]
+    tape = None if frame is None or is_first_pass else _tapes.get(frame)
+    if tape is None:
+        return None
     position = tape.position[_backward_pass()]
     tape.position[_backward_pass()] += 1
-    return tape.moments[position] if position < len(tape.moments) else compute()
+    return tape.moments[position] if position < len(tape.moments) else None
+
+
+def record(moments: Moments) -> None:
+    """Keep ``moments`` for the recomputations, if this is the first pass of a non-reentrant checkpoint."""
+    frame, is_first_pass = _checkpoint_frame()
+    if frame is not None and is_first_pass:
+        _tapes.setdefault(frame, _Tape()).moments.append(moments)
 
 
 def _backward_pass() -> int:
@@ -61,6 +62,8 @@ def _checkpoint_frame() -> tuple[Any, bool]:
     It stands in the closure of the hook that packs saved tensors: as ``frame`` in the first pass, as a weak reference
     ``target_frame_ref`` in a recomputation.
     """
+    if torch.compiler.is_compiling():
+        return None, False
     top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = top_hooks(True) if top_hooks is not None else None
     pack: Any = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks else None

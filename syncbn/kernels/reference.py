@@ -3,7 +3,8 @@
 ``x`` and ``dy`` have shape ``(N, C, *)``; per-channel tensors have shape ``(C,)`` and are float64. The passes over
 ``x`` run in its own dtype, half types in float32. Every pass works on ``x - shift``, where ``shift`` is a mean
 rounded to that dtype: the difference of close numbers is exact, and what the rounding left is added per channel in
-float64. So precision does not depend on how large the mean is.
+float64. So precision does not depend on how large the mean is. Each primitive allocates one tensor of the size of
+``x`` and works in place from there: memory that is not asked for anew is not paged in anew.
 """
 
 import torch
@@ -22,18 +23,19 @@ def local_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     shift = x.sum(dims, dtype=_dtype(x)) / max(count, 1)
     centred = x - _per_channel(shift, x)
     rest, shift = centred.sum(dims).double(), shift.double()
-    sum = rest + shift * count
-    sqsum = centred.square_().sum(dims).double() + shift * (sum + rest)
-    return sum, sqsum
+    sum = torch.add(rest, shift, alpha=count)
+    return sum, torch.addcmul(centred.square_().sum(dims).double(), shift, sum + rest)
 
 
 def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Compute ``y = (x - mean) * invstd * weight + bias`` in the dtype and memory format of ``x``."""
-    scale = invstd if weight is None else invstd * weight.double()
-    shift, rest = _split(mean, x)
-    offset = -rest * scale if bias is None else torch.addcmul(bias.double(), rest, scale, value=-1)
-    y = (x - shift).mul_(_per_channel(scale, x)).add_(_per_channel(offset, x))
-    return y.to(x.dtype)
+    shift = mean.to(_dtype(x))
+    scale = invstd if weight is None else invstd * weight
+    offset = (shift - mean) * scale
+    if bias is not None:
+        offset += bias
+    y = x - _per_channel(shift, x)
+    return y.mul_(_per_channel(scale, x)).add_(_per_channel(offset, x)).to(x.dtype)
 
 
 def backward_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,11 +44,10 @@ def backward_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[
     Returns:
         ``(C,)`` and ``(C,)``, float64; zeros where ``x`` is empty.
     """
-    dims = _reduced_dims(x)
-    shift, rest = _split(mean, x)
+    dims, shift = _reduced_dims(x), mean.to(_dtype(x))
     sum_dy = dy.sum(dims, dtype=_dtype(x)).double()
-    sum_dy_xmu = (x - shift).mul_(dy).sum(dims).double()
-    return sum_dy, torch.addcmul(sum_dy_xmu, rest, sum_dy, value=-1) * invstd
+    sum_dy_xmu = (x - _per_channel(shift, x)).mul_(dy).sum(dims).double()
+    return sum_dy, torch.addcmul(sum_dy_xmu, shift - mean, sum_dy) * invstd
 
 
 def input_gradient(
@@ -62,12 +63,13 @@ def input_gradient(
 
     ``mean_dy`` and ``mean_dy_xhat`` are the sums over all ranks divided by the global count, ``(C,)``.
     """
-    scale = invstd if weight is None else invstd * weight.double()
-    shift, rest = _split(mean, x)
-    slope = -scale * invstd * mean_dy_xhat
-    offset = torch.addcmul(-scale * mean_dy, slope, rest, value=-1)
-    dx = (x - shift).mul_(_per_channel(slope, x)).add_(_per_channel(offset, x))
-    return dx.add_(dy * _per_channel(scale, x)).to(x.dtype)
+    shift = mean.to(_dtype(x))
+    scale = invstd if weight is None else invstd * weight
+    slope = invstd * mean_dy_xhat
+    offset = torch.addcmul(mean_dy, slope, shift - mean) * scale
+    dx = x - _per_channel(shift, x)
+    dx.mul_(_per_channel(-slope * scale, x)).sub_(_per_channel(offset, x))
+    return dx.addcmul_(dy, _per_channel(scale, x)).to(x.dtype)
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -81,9 +83,3 @@ def _reduced_dims(x: Tensor) -> list[int]:
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Shape per-channel values ``(C,)`` as ``(1, C, 1, …)`` in the dtype that the passes over ``x`` use."""
     return values.to(_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
-
-
-def _split(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split ``mean`` into a rounded shift ``(1, C, 1, …)`` and the float64 rest ``(C,)``: ``mean = shift + rest``."""
-    shift = _per_channel(mean, x)
-    return shift, mean - shift.flatten().double()
