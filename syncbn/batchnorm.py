@@ -79,7 +79,7 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if not self.training and self.running_mean is None:  # its own batch, on this rank alone, as nn.BatchNorm does
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        tracks = self.training and self.track_running_stats and not recompute.is_recomputing()
+        tracks = self.training and self.track_running_stats
         if self.training and self._group_spec.is_subgroup:
             keep_buffers_of(_has_subgroup)
         return functional.sync_batch_norm(
@@ -96,7 +96,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _count_batch(self) -> float | Tensor:
         """Count this batch, and return its part in the running statistics without reading the count back."""
-        if self.num_batches_tracked is not None:
+        if self.num_batches_tracked is not None and not recompute.is_recomputing():
             self.num_batches_tracked.add_(1)
         if self.momentum is not None:
             return self.momentum

@@ -7,6 +7,8 @@ those of all declared specs, of all ranks, in one sorted order.
 """
 
 import socket
+import weakref
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -18,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
 
-_declared: set[int | str] = set()
-_made: dict[int | str, ProcessGroup | None] = {}
+_declared: "weakref.WeakValueDictionary[int | str, GroupSpec]" = weakref.WeakValueDictionary()  # those in use
+_made: dict[int | str, ProcessGroup | ValueError | None] = {}
 _made_in: list[ProcessGroup] = []  # the world that _made belongs to
 
 
@@ -49,11 +51,18 @@ class GroupSpec:
         ValueError: If ``value`` is none of these, or a ProcessGroup that this rank is not in.
     """
 
-    def __init__(self, value: ProcessGroupLike) -> None:
+    value: ProcessGroupLike | tuple[int, ...]  # ranks: what is left of a pickled ProcessGroup
+
+    def __new__(cls, value: ProcessGroupLike | tuple[int, ...]) -> "GroupSpec":
+        """Return the one spec of an int or "node", so that it is declared as long as any layer has it."""
         _check_spec(value)
-        self.value: ProcessGroupLike | tuple[int, ...] = value  # ranks: what is left of a pickled ProcessGroup
-        if isinstance(value, int | str):
-            _declared.add(value)
+        spec = _declared.get(value) if isinstance(value, int | str) else None
+        if spec is None:
+            spec = super().__new__(cls)
+            spec.value = value
+            if isinstance(value, int | str):
+                _declared[value] = spec
+        return spec
 
     @property
     def is_subgroup(self) -> bool:
@@ -92,15 +101,9 @@ class GroupSpec:
     def __deepcopy__(self, memo: dict[int, Any]) -> "GroupSpec":
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        if isinstance(self.value, ProcessGroup):
-            return {"value": tuple(dist.get_process_group_ranks(self.value))}
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(self.value, int | str):
-            _declared.add(self.value)
+    def __reduce__(self) -> tuple[Any, ...]:
+        value = self.value
+        return GroupSpec, (tuple(dist.get_process_group_ranks(value)) if isinstance(value, ProcessGroup) else value,)
 
     def __repr__(self) -> str:
         ranks = dist.get_process_group_ranks(self.value) if isinstance(self.value, ProcessGroup) else self.value
@@ -109,11 +112,11 @@ class GroupSpec:
 
 def make_declared_groups() -> None:
     """Make the groups of all declared specs now: a collective of the world, if torch.distributed is initialized."""
-    if _declared and dist.is_available() and dist.is_initialized() and not _is_made(_declared):
+    if _declared and dist.is_available() and dist.is_initialized() and not _is_made(_declared.keys()):
         _make_groups()
 
 
-def _check_spec(value: ProcessGroupLike) -> None:
+def _check_spec(value: ProcessGroupLike | tuple[int, ...]) -> None:
     if dist.is_available() and value is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: expected a group that this rank is in, got one that it is not a member of.")
     if isinstance(value, ProcessGroup) and dist.get_rank(value) < 0:
@@ -127,7 +130,7 @@ def _check_spec(value: ProcessGroupLike) -> None:
         )
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return
-    if not (value is None or value == "node" or isinstance(value, ProcessGroup | DeviceMesh)):
+    if not (value is None or value == "node" or isinstance(value, ProcessGroup | DeviceMesh | tuple)):
         raise ValueError(
             "process_group: expected None (all ranks), a number of consecutive ranks (1 or more), 'node', "
             f"a ProcessGroup or a DeviceMesh, got {value!r}."
@@ -137,11 +140,19 @@ def _check_spec(value: ProcessGroupLike) -> None:
 def _made_group(value: int | str) -> ProcessGroup | None:
     if not _is_made({value}):
         _make_groups()
-    return _made[value]
+    group = _made[value]
+    if isinstance(group, ValueError):
+        raise group
+    return group
 
 
-def _is_made(values: set[int | str]) -> bool:
-    return bool(_made_in) and _made_in[0] is dist.group.WORLD and values <= _made.keys()
+# What torch.compiler.assume_constant_result does, without the second it takes to import the compiler: groups are
+# made while torch.compile traces, not in the graph.
+_made_group._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_made(values: Iterable[int | str]) -> bool:
+    return bool(_made_in) and _made_in[0] is dist.group.WORLD and all(value in _made for value in values)
 
 
 def _make_groups() -> None:
@@ -149,7 +160,7 @@ def _make_groups() -> None:
     world = dist.group.WORLD
     assert world is not None
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (_declared, socket.gethostname()))
+    dist.all_gather_object(everyone, (list(_declared), socket.gethostname()))
     if not (_made_in and _made_in[0] is world):
         _made.clear()
         _made_in[:] = [world]
@@ -159,13 +170,13 @@ def _make_groups() -> None:
         _made[value] = _make_groups_of(value, hosts)
 
 
-def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | None:
+def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueError | None:
     world_size, rank = len(hosts), dist.get_rank()
     if isinstance(value, str):
         parts = [[r for r in range(world_size) if hosts[r] == host] for host in sorted(set(hosts))]
     elif world_size % value and world_size > 1:
         choices = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        raise ValueError(
+        return ValueError(
             f"process_group={value}: expected a number of ranks that divides the world size {world_size}; "
             f"choose one of {choices}."
         )

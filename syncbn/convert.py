@@ -103,8 +103,8 @@ def convert(
         ``module`` itself.
 
     Raises:
-        ValueError: Before anything is touched: an unknown norm, unusable ``norm_kwargs`` or ``process_group``; a lazy or
-            parametrized layer; a model already wrapped, sharded or compiled.
+        ValueError: Before anything is touched: an unknown norm, unusable ``norm_kwargs`` or ``process_group``; a lazy
+            or parametrized layer; a model already wrapped, sharded or compiled.
     """
     steps = _steps(module, norm, process_group, include, exclude, include_frozen, norm_kwargs)
     errors = [f"  {step.row.name or '(the module itself)'}: {step.row.reason}" for step in steps if step.is_error]

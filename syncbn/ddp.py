@@ -32,4 +32,5 @@ def keep_buffers_of(layers: Callable[[nn.Module], bool]) -> None:
         if layers(layer):
             prefix = f"{name}." if name else ""
             ddp.parameters_to_ignore.update(prefix + buffer for buffer, _ in layer.named_buffers(recurse=False))
+    ddp._assign_modules_buffers()
     _told.add(ddp)

@@ -62,14 +62,15 @@ def sync_batch_norm(
     _check_input(input, running_mean, weight)
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-    if recompute.is_recomputing():
-        running_mean = running_var = None
     spec = process_group if isinstance(process_group, GroupSpec) else GroupSpec(process_group)
     group = spec.resolve()
+    recomputing = recompute.is_recomputing()
+    if recomputing:
+        momentum = 0.0  # the first pass has moved the running statistics
     if group is None:
         return _one_process(input, running_mean, running_var, weight, bias, momentum, eps)
     y, *batch = _SyncBatchNorm.apply(input, weight, bias, eps, group)
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None and running_var is not None and not recomputing:
         with torch.no_grad():
             moments.update_running_statistics(running_mean, running_var, Moments(*batch), momentum)
     return cast(Tensor, y)
@@ -191,6 +192,5 @@ def _check_input(x: Tensor, running_mean: Tensor | None, weight: Tensor | None) 
     channels = x.shape[1]
     known = next((len(t) for t in (weight, running_mean) if t is not None), channels)
     if channels == 0 or channels != known:
-        raise ValueError(
-            f"expected an input of {known or 'at least 1'} channels (N, C, *), got {channels} in shape {tuple(x.shape)}."
-        )
+        wanted = known or "at least 1"
+        raise ValueError(f"expected an input of {wanted} channels (N, C, *), got {channels} in {tuple(x.shape)}.")

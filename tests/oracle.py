@@ -27,7 +27,9 @@ class Case:
         return self.xs[0][0].shape[1]
 
 
-def make_case(shapes, *, steps=1, dtype=torch.float64, param_dtype=None, seed=0, mean=0.5, std=2.0, layout=None, **options):
+def make_case(
+    shapes, *, steps=1, dtype=torch.float64, param_dtype=None, seed=0, mean=0.5, std=2.0, layout=None, **options
+):
     """Draw a case: ``shapes`` are those of the ranks' inputs."""
     generator = torch.Generator().manual_seed(seed)
     label = options.pop("label", f"{shapes} {dtype} {options}")
@@ -119,7 +121,8 @@ def _split(joined, parts):
     sizes = [p.numel() // p.shape[1] for p in parts]
     pieces = joined.squeeze(0).split(sizes, dim=1)
     return [
-        piece.reshape(p.shape[1], p.shape[0], *p.shape[2:]).movedim(0, 1) for piece, p in zip(pieces, parts, strict=True)
+        piece.reshape(p.shape[1], p.shape[0], *p.shape[2:]).movedim(0, 1)
+        for piece, p in zip(pieces, parts, strict=True)
     ]
 
 

@@ -80,7 +80,9 @@ def test_options(run, options, split):
 
 
 @pytest.mark.parametrize(
-    "case", [{"frozen_weight": True}, {"x_requires_grad": False}, {"x_requires_grad": False, "frozen_weight": True}], ids=str
+    "case",
+    [{"frozen_weight": True}, {"x_requires_grad": False}, {"x_requires_grad": False, "frozen_weight": True}],
+    ids=str,
 )
 def test_what_requires_grad(run, case):
     check(run, 2, [make_case(shapes("uneven", 2, (3, 2)), **case)])
@@ -91,8 +93,14 @@ def test_what_requires_grad(run, case):
 @pytest.mark.parametrize("split", ["even", "uneven", "one empty"])
 def test_half_types(run, dtype, param_dtype, split):
     param_dtype = torch.float32 if param_dtype == "float32" else dtype
-    check(run, 2, [make_case(shapes(split, 2, (8, 8)), dtype=dtype, param_dtype=param_dtype, layout=layout)
-                   for layout in (None, "channels_last")])
+    check(
+        run,
+        2,
+        [
+            make_case(shapes(split, 2, (8, 8)), dtype=dtype, param_dtype=param_dtype, layout=layout)
+            for layout in (None, "channels_last")
+        ],
+    )
 
 
 def test_one_value_per_rank(run):
@@ -124,9 +132,7 @@ def test_large_means(run, ratio, y_limit, var_limit, split):
     case = make_case(shapes(split, 2, (16, 16)), dtype=torch.float32, mean=ratio, std=1.0, layer={"momentum": 1.0})
     results, expected = run(run_cases, 2, [case]), truth(case)
     for rank in range(2):
-        torch.testing.assert_close(
-            results[rank][0]["y"][0].double(), expected["y"][0][rank], rtol=2e-5, atol=y_limit
-        )
+        torch.testing.assert_close(results[rank][0]["y"][0].double(), expected["y"][0][rank], rtol=2e-5, atol=y_limit)
         torch.testing.assert_close(
             results[rank][0]["running_var"].double(), expected["running_var"], rtol=var_limit, atol=0
         )

@@ -1,0 +1,240 @@
+"""Lightning projects as users write them: layers from every hook, one device and DDP, saved, resumed and tested."""
+
+import copy
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import syncbn
+
+pytest.importorskip("lightning", reason="lightning is not installed")
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy
+
+from syncbn.lightning import NormConverter, SyncBatchNormLayerSync
+
+SIZE = 24
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(SIZE, 4, dtype=torch.float64, generator=generator) * 2 + 1
+    return torch.utils.data.TensorDataset(x, (x.sum(1) > 4).long())
+
+
+class Project(LightningModule):
+    """Builds one BatchNorm in each of the three places."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).double()
+        self.middle = self.head = None
+        self.seen = []
+
+    def setup(self, stage):
+        if self.middle is None:
+            torch.manual_seed(1)
+            self.middle = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).double()
+
+    def configure_model(self):
+        if self.head is None:
+            torch.manual_seed(2)
+            self.head = nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).double()
+
+    def forward(self, x):
+        return self.head(self.middle(self.stem(x)))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def on_train_batch_end(self, *args):
+        self.seen.append({k: v.clone() for k, v in self.state_dict().items()})
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def loader(rank, world_size, batch_size):
+    """The batches of one rank: every W-th sample of what one process would see."""
+    dataset = data()
+    order = [
+        i
+        for start in range(0, SIZE, batch_size * world_size)
+        for i in range(start + rank, start + batch_size * world_size, world_size)
+    ]
+    return torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, order), batch_size=batch_size)
+
+
+def trainer(rank, world_size, path, **options):
+    if world_size > 1:
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        values |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+        os.environ |= {k: str(v) for k, v in values.items()}
+        options.setdefault("strategy", DDPStrategy(forward_sync_buffers=False, process_group_backend="gloo"))
+    warnings.filterwarnings("ignore", module="lightning")  # hints: workers, log intervals, checkpoint folders
+    warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec|lightning|num_workers).*")
+    options = {"enable_checkpointing": False} | options
+    return Trainer(
+        accelerator="cpu", devices=world_size, precision="64-true", max_epochs=2, logger=False,
+        default_root_dir=path, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        **options,
+    )  # fmt: skip
+
+
+def clean_environment():
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
+
+
+def fit(rank, world_size, path, callbacks, options=None):
+    clean_environment()
+    module = Project()
+    run = trainer(rank, world_size, path, callbacks=callbacks, **(options or {}))
+    run.fit(module, loader(rank, world_size, 12 // world_size))
+    kinds = [type(m).__name__ for m in module.modules() if "Norm" in type(m).__name__]
+    return module.seen, kinds
+
+
+def test_two_ranks_follow_one_process_step_by_step(run, tmp_path):
+    ((one, _),) = run(fit, 1, str(tmp_path), [], initialize=False)
+    results = run(fit, 2, str(tmp_path), [NormConverter()])
+    for seen, kinds in results:
+        assert kinds == ["SyncBatchNorm"] * 3
+        assert len(seen) == len(one) == 4
+        for step, wanted in zip(seen, one, strict=True):
+            torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_the_plugin_does_the_same_for_a_fit_and_reverts_after_it(run, tmp_path):
+    ((one, _),) = run(fit, 1, str(tmp_path), [], initialize=False)
+    for seen, kinds in run(fit, 2, str(tmp_path), [], {"plugins": [SyncBatchNormLayerSync()]}):
+        assert kinds == ["BatchNorm1d"] * 3
+        for step, wanted in zip(seen, one, strict=True):
+            torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_without_conversion_two_ranks_differ(run, tmp_path):
+    """The comparison above can fail: plain BatchNorm on two ranks is another computation."""
+    ((one, _),) = run(fit, 1, str(tmp_path), [], initialize=False)
+    for seen, _ in run(fit, 2, str(tmp_path), []):
+        assert not torch.allclose(seen[-1]["stem.0.weight"], one[-1]["stem.0.weight"], rtol=1e-3)
+
+
+def save_resume_test(rank, world_size, path):
+    clean_environment()
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    converter = NormConverter("gn", num_groups=4)
+    keep = ModelCheckpoint(path, filename="first", save_top_k=-1, every_n_epochs=1)
+    first = trainer(rank, world_size, path, callbacks=[converter, keep], enable_checkpointing=True)
+    first.fit_loop.max_epochs = 1
+    batches = loader(rank, world_size, 12 // world_size)
+    module = Project()
+    first.fit(module, batches)
+    wanted = copy.deepcopy(module.state_dict())
+    assert not [key for key in wanted if "running" in key]
+    checkpoint = keep.best_model_path or keep.last_model_path
+
+    resumed = Project()
+    second = trainer(rank, world_size, path, callbacks=[NormConverter("gn", num_groups=4)])
+    second.fit(resumed, batches, ckpt_path=checkpoint, weights_only=True)
+    assert second.global_step == 4
+    assert len(resumed.seen) == 2
+
+    tested = Project()
+    third = trainer(rank, world_size, path, callbacks=[NormConverter("gn", num_groups=4)])
+    (result,) = third.test(tested, batches, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    torch.testing.assert_close(tested.state_dict(), wanted, rtol=0, atol=0)
+    assert type(tested.head[0]) is nn.GroupNorm
+    predicted = third.predict(tested, batches)
+    assert len(predicted) == 2
+    return result, resumed.state_dict()
+
+
+def test_a_gn_run_is_saved_resumed_and_tested_on_one_device_and_two(run, tmp_path):
+    ((one, state),) = run(save_resume_test, 1, str(tmp_path / "one"), initialize=False)
+    for result, other in run(save_resume_test, 2, str(tmp_path / "two")):
+        torch.testing.assert_close(result, one, rtol=1e-6, atol=0)
+        torch.testing.assert_close(other, state, rtol=1e-9, atol=1e-10)
+
+
+def twice_and_other_stages(rank, world_size, path):
+    clean_environment()
+    module, batches = Project(), loader(rank, world_size, 6)
+    for _ in range(2):
+        trainer(rank, world_size, path, callbacks=[NormConverter()]).fit(module, batches)
+    trainer(rank, world_size, path, callbacks=[NormConverter()]).validate(module, batches, verbose=False)
+    assert type(module.head[0]) is syncbn.SyncBatchNorm
+    assert len(module.seen) == 2 * 2 * SIZE // (6 * world_size)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module.head))):
+        assert any(type(m) is syncbn.SyncBatchNorm for m in other.modules())
+    syncbn.revert(module)
+    assert type(module.head[0]) is nn.BatchNorm1d
+
+
+def test_fit_twice_then_validate(run, tmp_path):
+    run(twice_and_other_stages, 1, str(tmp_path), initialize=False)
+    run(twice_and_other_stages, 2, str(tmp_path))
+
+
+class BuildsLate(Callback):
+    def setup(self, trainer, pl_module, stage):
+        pl_module.extra = nn.BatchNorm1d(3, affine=False)  # not used: DDP wants no parameter of it
+
+
+def subgroups_and_late_callbacks(rank, world_size, path):
+    clean_environment()
+    module = Project()
+    fit = trainer(rank, world_size, path, callbacks=[NormConverter(process_group=2, exclude=["stem.*"]), BuildsLate()])
+    fit.fit(module, loader(rank, world_size, 3))
+    assert [type(m) for m in (module.stem[1], module.extra)] == [nn.BatchNorm1d, syncbn.SyncBatchNorm]
+    return module.middle[1].running_mean
+
+
+def test_subgroups_filters_and_layers_of_later_callbacks(run, tmp_path):
+    results = run(subgroups_and_late_callbacks, 4, str(tmp_path))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def two_converters(rank, world_size, path):
+    clean_environment()
+    with pytest.raises(ValueError, match="drop sync_batchnorm=True"):
+        fit = trainer(rank, world_size, path, callbacks=[NormConverter()], sync_batchnorm=True)
+        fit.fit(Project(), loader(rank, world_size, 6))
+
+
+def test_sync_batchnorm_beside_the_callback_is_an_error(run, tmp_path):
+    run(two_converters, 1, str(tmp_path), initialize=False)
+    run(two_converters, 2, str(tmp_path))
+
+
+def test_arguments_are_checked_at_once():
+    with pytest.raises(ValueError, match="unknown norm 'grn'"):
+        NormConverter("grn")
+    with pytest.raises(ValueError, match="takes num_groups"):
+        NormConverter("gn", groups=2)
+
+
+def test_the_plugin_is_a_layer_sync():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    plugin = SyncBatchNormLayerSync()
+    assert isinstance(plugin, TorchSyncBatchNorm.__mro__[1])
+    assert type(plugin.apply(model)[0]) is syncbn.SyncBatchNorm
+    assert type(plugin.revert(model)[0]) is nn.BatchNorm1d
