@@ -2,7 +2,8 @@
 
 from . import functional
 from .batchnorm import SyncBatchNorm
-from .convert import PlanRow, convert, plan, register, revert
+from .convert import convert, plan, revert
+from .decide import PlanRow, register
 from .freeze import freeze, unfreeze
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .batchnorm import SyncBatchNorm
 from .collectives import GroupSpec
@@ -21,27 +21,38 @@ class Original:
     """What a turned layer was; kept on the layer as ``_syncbn_original``, outside of its state_dict."""
 
     cls: type[nn.Module]
+    turned_into: type[nn.Module]
+    norm: tuple[str, dict[str, Any]] | None = None  # its name and words; None for "syncbn"
     attributes: dict[str, Any] = field(default_factory=dict)  # taken away or overwritten
     added: list[str] = field(default_factory=list)  # attributes it did not have
-    members: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameters, buffers, modules, where exchanged
+    members: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameters, buffers, modules, if exchanged
     dtype: torch.dtype | None = None  # of the weight, then
-    norm: tuple[str, dict[str, Any]] | None = None  # what took its place, if not a SyncBatchNorm
+
+
+def original_of(layer: nn.Module) -> Original | None:
+    """Return what a turned layer was, None for one that is as the user wrote it."""
+    return layer.__dict__.get("_syncbn_original")
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
     """Return the class that the user wrote, also for a turned layer."""
-    original: Original | None = layer.__dict__.get("_syncbn_original")
+    original = original_of(layer)
     return type(layer) if original is None else original.cls
 
 
-def to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: GroupSpec) -> None:
+def to_sync(
+    layer: nn.Module,
+    sync_class: type[SyncBatchNorm],
+    spec: GroupSpec,
+    norm: tuple[str, dict[str, Any]] | None = None,
+) -> None:
     """Turn a layer of the BatchNorm family into ``sync_class``; its parameters and buffers stay as they are."""
-    original = Original(type(layer))
+    original = Original(type(layer), sync_class, norm)
     if "process_group" in layer.__dict__:  # nn.SyncBatchNorm's; as a spec it can be copied and pickled
         original.attributes["process_group"] = GroupSpec(layer.__dict__.pop("process_group"))
     if "_group_spec" in layer.__dict__:
         original.attributes["_group_spec"] = layer.__dict__["_group_spec"]
-    _set_class(layer, sync_class, original)
+    _set_class(layer, original)
     layer.__dict__["_group_spec"] = spec
 
 
@@ -51,7 +62,7 @@ def frozen_to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: Grou
     assert mean is not None
     attributes = _attributes(sync_class(len(mean), device="meta"))
     added = [name for name in attributes if name not in layer.__dict__]
-    _set_class(layer, sync_class, Original(type(layer), added=added))
+    _set_class(layer, Original(type(layer), sync_class, added=added))
     layer.__dict__.update({name: attributes[name] for name in added} | {"_group_spec": spec})
     for name in ("weight", "bias"):
         buffer = layer._buffers.pop(name)
@@ -60,34 +71,45 @@ def frozen_to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: Grou
     layer.register_buffer("num_batches_tracked", torch.tensor(0, device=mean.device))
 
 
-def to_other(layer: nn.Module, new: nn.Module, norm: tuple[str, dict[str, Any]]) -> None:
+def to_other(layer: nn.Module, new: nn.Module, norm: tuple[str, dict[str, Any]], activate: bool = False) -> None:
     """Turn ``layer`` into what ``new`` is, keeping the parameter objects of the names that both have.
 
-    ``norm``, its name and words, is kept so that converting again to the same changes nothing.
+    Args:
+        layer: A layer of the BatchNorm family.
+        new: A fresh module whose class, attributes and buffers ``layer`` gets.
+        norm: Its name and words, kept so that converting again to the same changes nothing.
+        activate: Whether ``layer`` drops and activates after normalizing, as timm's fused layers do: kept as a hook.
     """
     attributes = _attributes(new)
     original = Original(
         type(layer),
+        type(new),
+        norm,
         {name: layer.__dict__[name] for name in attributes if name in layer.__dict__},
         [name for name in attributes if name not in layer.__dict__],
         {kind: dict(layer.__dict__[kind]) for kind in ("_parameters", "_buffers", "_modules")},
         getattr(layer.weight, "dtype", None),
-        norm,
     )
     parameters = {name: _either(layer._parameters.get(name), p) for name, p in new._parameters.items()}
-    _set_class(layer, type(new), original)
+    _set_class(layer, original)
     layer.__dict__.update(attributes)
     layer.__dict__.update(_parameters=parameters, _buffers=dict(new._buffers))
     layer._modules.update(new._modules)
+    if activate:
+        layer.register_forward_hook(_activate, prepend=True)
 
 
 def turn_back(layer: nn.Module) -> None:
     """Make a turned layer exactly what the user wrote: class, attributes and buffers; parameters as trained."""
-    original: Original = layer.__dict__.pop("_syncbn_original")
+    original = original_of(layer)
+    if original is None:
+        return
+    for key in [key for key, hook in layer._forward_hooks.items() if hook is _activate]:
+        del layer._forward_hooks[key]
     layer.__class__ = original.cls
-    if original.norm is None:
-        layer.__dict__.pop("_group_spec")
-    for name in original.added:
+    if not issubclass(original.cls, SyncBatchNorm):
+        layer.__dict__.pop("_group_spec", None)
+    for name in ["_syncbn_original", *original.added]:
         layer.__dict__.pop(name, None)
     for name, value in original.attributes.items():
         layer.__dict__[name] = _group_of(value) if name == "process_group" else value
@@ -104,9 +126,15 @@ def to_batchnorm(layer: SyncBatchNorm) -> None:
     layer.__dict__.pop("_group_spec")
 
 
-def _set_class(layer: nn.Module, cls: type[nn.Module], original: Original) -> None:
-    layer.__class__ = cls
+def _set_class(layer: nn.Module, original: Original) -> None:
+    layer.__class__ = original.turned_into
     layer.__dict__["_syncbn_original"] = original
+
+
+def _activate(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Do what a fused layer does after normalizing; a forward hook of what takes its place."""
+    y: Tensor = layer.act(layer.drop(output))  # type: ignore[operator]
+    return y
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -132,11 +160,11 @@ def _restore_members(layer: nn.Module, original: Original) -> None:
 
 
 def _freeze_again(layer: nn.Module) -> None:
-    buffers = {name: layer._parameters.pop(name) for name in ("weight", "bias")}
+    affine = {name: layer._parameters.pop(name) for name in ("weight", "bias")}
     layer._buffers.pop("num_batches_tracked")
     statistics = dict(layer._buffers)
     layer._buffers.clear()
-    layer._buffers.update({name: value.detach() for name, value in buffers.items() if value is not None} | statistics)
+    layer._buffers.update({name: value.detach() for name, value in affine.items() if value is not None} | statistics)
 
 
 def _group_of(spec: GroupSpec) -> Any:

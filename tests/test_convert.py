@@ -14,8 +14,13 @@ from torch.optim.swa_utils import AveragedModel
 import syncbn
 from syncbn import SyncBatchNorm
 
-torchvision = pytest.importorskip("torchvision", reason="torchvision does not import beside this torch")
-timm = pytest.importorskip("timm", reason="timm is not installed")
+
+def torchvision():
+    return pytest.importorskip("torchvision", reason="torchvision does not import beside this torch")
+
+
+def timm():
+    return pytest.importorskip("timm", reason="timm is not installed")
 
 
 def small():
@@ -108,13 +113,13 @@ def test_on_the_meta_device(norm):
 
 
 MODELS = {
-    "resnet50": lambda: torchvision.models.resnet50(),
-    "mobilenet_v3": lambda: torchvision.models.mobilenet_v3_small(),
-    "densenet121": lambda: torchvision.models.densenet121(),
-    "deeplabv3": lambda: torchvision.models.segmentation.deeplabv3_resnet50(weights_backbone=None),
-    "r3d_18": lambda: torchvision.models.video.r3d_18(),
-    "efficientnet_b0": lambda: timm.create_model("efficientnet_b0"),
-    "regnety_002": lambda: timm.create_model("regnety_002"),
+    "resnet50": lambda: torchvision().models.resnet50(),
+    "mobilenet_v3": lambda: torchvision().models.mobilenet_v3_small(),
+    "densenet121": lambda: torchvision().models.densenet121(),
+    "deeplabv3": lambda: torchvision().models.segmentation.deeplabv3_resnet50(weights_backbone=None),
+    "r3d_18": lambda: torchvision().models.video.r3d_18(),
+    "efficientnet_b0": lambda: timm().create_model("efficientnet_b0"),
+    "regnety_002": lambda: timm().create_model("regnety_002"),
 }
 
 
@@ -163,7 +168,7 @@ def test_real_models_convert_completely_and_come_back(name, norm):
 
 def test_fused_activation_is_kept_bit_for_bit():
     torch.manual_seed(0)
-    fused = timm.layers.BatchNormAct2d(8).eval()
+    fused = timm().layers.BatchNormAct2d(8).eval()
     x = torch.randn(2, 8, 4, 4)
     wanted = fused(x)
     syncbn.convert(fused)
@@ -173,12 +178,12 @@ def test_fused_activation_is_kept_bit_for_bit():
     syncbn.convert(fused, "gn", num_groups=4)
     torch.testing.assert_close(fused(x), nn.functional.group_norm(x, 4).relu())
     syncbn.revert(fused)
-    assert type(fused) is timm.layers.BatchNormAct2d
+    assert type(fused) is timm().layers.BatchNormAct2d
     assert not fused._forward_hooks
 
 
 def test_timm_sync_layer_converts_and_comes_back():
-    model = timm.layers.convert_sync_batchnorm(nn.Sequential(timm.layers.BatchNormAct2d(8))).eval()
+    model = timm().layers.convert_sync_batchnorm(nn.Sequential(timm().layers.BatchNormAct2d(8))).eval()
     kind = type(model[0])
     x = torch.randn(2, 8, 4, 4)
     syncbn.convert(model)
@@ -202,7 +207,7 @@ def test_an_unknown_subclass_is_left_alone_until_registered(monkeypatch):
     with pytest.warns(UserWarning, match=r"left 0 alone: MyBatchNorm .* syncbn.register\(MyBatchNorm"):
         syncbn.convert(model)
     assert [type(m) for m in model] == [MyBatchNorm, SyncBatchNorm]
-    monkeypatch.setattr(sys.modules["syncbn.convert"], "_REGISTERED", {})
+    monkeypatch.setattr(sys.modules["syncbn.decide"], "_REGISTERED", {})
     syncbn.register(MyBatchNorm, MySyncBatchNorm)
     syncbn.convert(model)
     assert type(model[0]) is MySyncBatchNorm
@@ -215,7 +220,7 @@ def test_an_unknown_subclass_is_left_alone_until_registered(monkeypatch):
 
 
 def test_frozen_batchnorm_is_listed_and_converted_on_request():
-    frozen = torchvision.ops.FrozenBatchNorm2d(3)
+    frozen = torchvision().ops.FrozenBatchNorm2d(3)
     frozen.running_mean.fill_(0.5)
     frozen.weight.fill_(2)
     model, x = nn.Sequential(frozen, nn.BatchNorm2d(3)).eval(), torch.randn(2, 3, 4, 4)
@@ -224,7 +229,7 @@ def test_frozen_batchnorm_is_listed_and_converted_on_request():
     assert (row.name, row.from_, row.to) == ("0", "FrozenBatchNorm2d", None)
     assert "include_frozen=True" in row.reason
     syncbn.convert(model)
-    assert type(model[0]) is torchvision.ops.FrozenBatchNorm2d
+    assert type(model[0]) is torchvision().ops.FrozenBatchNorm2d
     syncbn.convert(model, include_frozen=True)
     assert type(model[0]) is SyncBatchNorm
     assert model[0].weight.requires_grad
@@ -232,10 +237,10 @@ def test_frozen_batchnorm_is_listed_and_converted_on_request():
     (model.train()(x) ** 2).sum().backward()
     assert model[0].running_mean[0] != 0.5
     syncbn.revert(model)
-    assert type(model[0]) is torchvision.ops.FrozenBatchNorm2d
+    assert type(model[0]) is torchvision().ops.FrozenBatchNorm2d
     assert set(model.state_dict()) == keys
     assert not list(model[0].parameters())
-    assert list(model[0].state_dict()) == list(torchvision.ops.FrozenBatchNorm2d(3).state_dict())
+    assert list(model[0].state_dict()) == list(torchvision().ops.FrozenBatchNorm2d(3).state_dict())
 
 
 # ---------------------------------------- other norms and back
@@ -285,9 +290,20 @@ def test_bn_stops_synchronizing():
         syncbn.convert(model, "bn")
     assert type(model[0]) is nn.BatchNorm1d
     assert [m.process_group for m in model[1:]] == [1, 1]
-    syncbn.revert(model)
+    syncbn.convert(model, "bn")
+    syncbn.convert(model, "syncbn")
+    assert [m.process_group for m in model] == [None, 2, None]
+    syncbn.revert(syncbn.convert(model, "bn"))
     assert model[1].process_group == 2
-    assert type(model[2]) is nn.SyncBatchNorm
+    assert [type(m) for m in model] == [nn.BatchNorm1d, SyncBatchNorm, nn.SyncBatchNorm]
+
+
+def test_a_layer_parametrized_after_conversion_is_not_reverted():
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)))
+    parametrize.register_parametrization(model[1], "weight", Doubled())
+    with pytest.raises(ValueError, match="class of 1 was changed after conversion"):
+        syncbn.revert(model)
+    assert type(model[0]) is SyncBatchNorm
 
 
 def test_what_was_written_as_syncbatchnorm_stays_unless_asked():
@@ -386,7 +402,7 @@ def test_errors_come_before_anything_is_touched(make, message):
         ("batch", {}, "unknown norm 'batch': expected one of bn, syncbn, gn"),
         ("gn", {"num_groups": 3}, r"(?s)1: num_groups=3 does not divide its 4 channels; choose one of \[1, 2, 4\]"),
         ("gn", {"groups": 2}, "'gn' takes num_groups, not groups"),
-        ("syncbn", {"num_groups": 2}, "takes no num_groups"),
+        ("syncbn", {"num_groups": 2}, "'syncbn' takes no words, not num_groups"),
         ("gn", {"num_groups": 2, "process_group": 2}, "process_group belongs to norm 'syncbn'"),
         ("syncbn", {"process_group": "host"}, "process_group: expected None"),
     ],

@@ -15,10 +15,11 @@ HEIGHT = {
     "functional": 2, "ddp": 2,
     "batchnorm": 3,
     "norms": 3, "turning": 4, "freeze": 4,
-    "convert": 5,
-    "__init__": 6,
-    "lightning": 7,
-    "experiment": 8,
+    "decide": 5,
+    "convert": 6,
+    "__init__": 7,
+    "lightning": 8,
+    "experiment": 9,
 }  # fmt: skip
 DOOR = {("batchnorm", "convert_sync_batchnorm")}  # calls the public convert(): torch's name for it is a method
 

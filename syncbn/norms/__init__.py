@@ -16,9 +16,11 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {"gn": groupnorm}
 __all__ = ["REGISTRY", "groupnorm"]
 
 
-def check_options(norm: str, options: dict[str, Any]) -> None:
-    """Raise a ValueError that lists the norm's own words, if ``options`` has others."""
-    words = list(signature(REGISTRY[norm]).parameters)[1:]
+def check(norm: str, options: dict[str, Any]) -> None:
+    """Raise a ValueError for a norm that does not exist, listing those that do, or for words it does not take."""
+    if norm not in {"bn", "syncbn", *REGISTRY}:
+        raise ValueError(f"unknown norm {norm!r}: expected one of {', '.join(['bn', 'syncbn', *sorted(REGISTRY)])}.")
+    words = list(signature(REGISTRY[norm]).parameters)[1:] if norm in REGISTRY else []
     unknown = [word for word in options if word not in words]
     if unknown:
         raise ValueError(f"norm {norm!r} takes {', '.join(words) or 'no words'}, not {', '.join(unknown)}.")
