@@ -133,6 +133,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, batch.count, batch.mean, batch.invstd)
         ctx.eps, ctx.group, ctx.bias_dtype = eps, group, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(*batch)
+        ctx.set_materialize_grads(False)
         return y, *batch
 
     @staticmethod

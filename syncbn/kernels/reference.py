@@ -1,26 +1,31 @@
 """The four primitives in public torch operators: any device, any memory format, traceable by torch.compile.
 
 ``x`` and ``dy`` have shape ``(N, C, *)``; per-channel tensors have shape ``(C,)`` and are float64. The passes over
-``x`` run in its own dtype, half types in float32. Every pass works on ``x - shift``, where ``shift`` is a mean
-rounded to that dtype: the difference of close numbers is exact, and what the rounding left is added per channel in
-float64. So precision does not depend on how large the mean is. Each primitive allocates one tensor of the size of
-``x`` and works in place from there: memory that is not asked for anew is not paged in anew.
+``x`` run in its own dtype, half types in float32. Sums are taken of ``x - shift``, where ``shift`` is a mean in that
+dtype: the difference of close numbers is exact, and what the rounding left is added per channel in float64. So the
+variance does not depend on how large the mean is. Each primitive allocates one tensor of the size of ``x``: memory
+that is not asked for anew is not paged in anew.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 def local_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute ``sum`` and ``sqsum`` of this rank's values per channel, in two passes (the second shifted).
+    """Compute ``sum`` and ``sqsum`` of this rank's values per channel, around a shift.
+
+    The shift is the mean of an eighth of the samples. That can be no further than ``sqrt(7) * std`` from the mean of
+    all of them, so at most three bits of the variance cancel.
 
     Returns:
         ``(C,)`` and ``(C,)``, float64; zeros where ``x`` is empty.
     """
     dims, count = _reduced_dims(x), x.numel() // x.shape[1]
-    shift = x.sum(dims, dtype=_dtype(x)) / max(count, 1)
+    some = x[: (x.shape[0] + 7) // 8]
+    shift = some.sum(dims, dtype=_dtype(x)) / max(some.numel() // x.shape[1], 1)
     centred = x - _per_channel(shift, x)
     rest, shift = centred.sum(dims).double(), shift.double()
     sum = torch.add(rest, shift, alpha=count)
@@ -29,13 +34,8 @@ def local_sums(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Compute ``y = (x - mean) * invstd * weight + bias`` in the dtype and memory format of ``x``."""
-    shift = mean.to(_dtype(x))
     scale = invstd if weight is None else invstd * weight
-    offset = (shift - mean) * scale
-    if bias is not None:
-        offset += bias
-    y = x - _per_channel(shift, x)
-    return y.mul_(_per_channel(scale, x)).add_(_per_channel(offset, x)).to(x.dtype)
+    return _affine(x, mean, scale, torch.zeros_like(scale) if bias is None else bias)
 
 
 def backward_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,13 +63,23 @@ def input_gradient(
 
     ``mean_dy`` and ``mean_dy_xhat`` are the sums over all ranks divided by the global count, ``(C,)``.
     """
-    shift = mean.to(_dtype(x))
     scale = invstd if weight is None else invstd * weight
-    slope = invstd * mean_dy_xhat
-    offset = torch.addcmul(mean_dy, slope, shift - mean) * scale
-    dx = x - _per_channel(shift, x)
-    dx.mul_(_per_channel(-slope * scale, x)).sub_(_per_channel(offset, x))
+    dx = _affine(x.to(_dtype(x)), mean, -scale * invstd * mean_dy_xhat, -scale * mean_dy)
     return dx.addcmul_(dy, _per_channel(scale, x)).to(x.dtype)
+
+
+def _affine(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Compute ``(x - mean) * scale + offset`` in one pass, as ``x * scale + (offset - mean * scale)``.
+
+    What rounding takes from ``scale`` and ``mean`` is put into the constant, so that the error stays below
+    ``3e-7 * mean/std`` in float32.
+    """
+    scale = scale.to(_dtype(x))
+    constant = torch.addcmul(offset, mean, scale, value=-1)
+    if x.stride(1) == 1:  # channels last, or (N, C): addcmul is vectorized over channels
+        return torch.addcmul(_per_channel(constant, x), x, _per_channel(scale, x)).to(x.dtype)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return F.batch_norm(x, zero, one, scale, constant.to(scale.dtype), False, 0.0, 0.0)  # eval: one pass over rows
 
 
 def _dtype(x: Tensor) -> torch.dtype:
