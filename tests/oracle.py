@@ -4,6 +4,7 @@ import copy
 import itertools
 from dataclasses import dataclass, field, replace
 
+import ranks
 import torch
 from torch import nn
 
@@ -62,12 +63,13 @@ def _shape(values, x):
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def run_case(rank, case, device="cpu", layer=None):
+def run_case(rank, case, layer=None):
     """Run this rank's part of ``case``; returns per step y and dx, and at the end gradients and statistics."""
+    device = ranks.device()
     if layer is None:
-        layer = syncbn.SyncBatchNorm(case.num_features, dtype=case.dtype, **case.layer).to(device)
+        layer = syncbn.SyncBatchNorm(case.num_features, dtype=case.dtype, device=device, **case.layer)
     initialize(layer, case)
-    out = {"y": [], "dx": [], "x_layout": [], "y_layout": [], "dx_layout": []}
+    out = {"y": [], "dx": []}
     for xs, dys in zip(case.xs, case.dys, strict=True):
         x = xs[rank].to(device).detach().requires_grad_(case.x_requires_grad)
         y = layer(x)
@@ -75,7 +77,8 @@ def run_case(rank, case, device="cpu", layer=None):
             (y * dys[rank].to(device)).sum().backward()
         out["y"].append(y.detach().cpu())
         out["dx"].append(None if x.grad is None else x.grad.cpu())
-    out.update({k: getattr(layer, k).grad for k in ("weight", "bias") if getattr(layer, k) is not None})
+    gradients = {k: getattr(layer, k).grad for k in ("weight", "bias") if getattr(layer, k) is not None}
+    out.update({k: None if gradient is None else gradient.cpu() for k, gradient in gradients.items()})
     out.update({k: v.cpu() for k, v in layer.named_buffers()})
     return out
 
@@ -90,9 +93,8 @@ def initialize(layer, case):
         layer.weight.requires_grad_(not case.frozen_weight)
 
 
-def truth(case, ranks=None):
-    """Run nn.BatchNorm1d in float64 on the values of ``ranks`` (all), joined as ``(1, C, all values)``."""
-    ranks = range(len(case.xs[0])) if ranks is None else ranks
+def truth(case):
+    """Run nn.BatchNorm1d in float64 on the values of all ranks, joined as ``(1, C, all values)``."""
     options = {k: v for k, v in case.layer.items() if k != "process_group"}
     layer = nn.BatchNorm1d(case.num_features, dtype=torch.float64, **options)
     initialize(layer, replace(case, dtype=torch.float64))
@@ -102,12 +104,12 @@ def truth(case, ranks=None):
             layer.bias.data = layer.bias.data.to(case.dtype).double()
     out = {"y": [], "dx": []}
     for xs, dys in zip(case.xs, case.dys, strict=True):
-        x = _join([xs[r] for r in ranks]).requires_grad_(case.x_requires_grad)
+        x = _join(xs).requires_grad_(case.x_requires_grad)
         y = layer(x)
         if y.requires_grad:
-            (y * _join([dys[r] for r in ranks])).sum().backward()
-        out["y"].append(_split(y.detach(), [xs[r] for r in ranks]))
-        out["dx"].append(None if x.grad is None else _split(x.grad, [xs[r] for r in ranks]))
+            (y * _join(dys)).sum().backward()
+        out["y"].append(_split(y.detach(), xs))
+        out["dx"].append(None if x.grad is None else _split(x.grad, xs))
     out.update({k: getattr(layer, k).grad for k in ("weight", "bias") if getattr(layer, k) is not None})
     out.update(layer.named_buffers())
     return copy.deepcopy(out)

@@ -24,6 +24,15 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "syncbn"])
 
 
+def device():
+    """Return the device of this rank: its GPU under NCCL, else the CPU."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
 class RankError(AssertionError):
     """One or more ranks failed; ``errors`` maps the rank to its exception's class name and message."""
 
@@ -117,7 +126,8 @@ def _call(rank, function, world_size, args, store, timeout, device):
     import torch.distributed as dist
 
     torch.manual_seed(0)
-    torch.set_default_device(None if device == "cpu" else torch.device(device, rank))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     if store is None:
         return function(rank, world_size, *args)
     dist.init_process_group(

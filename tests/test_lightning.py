@@ -215,9 +215,9 @@ def test_subgroups_filters_and_layers_of_later_callbacks(run, tmp_path):
 
 def two_converters(rank, world_size, path):
     clean_environment()
+    both = trainer(rank, world_size, path, callbacks=[NormConverter()], sync_batchnorm=True)
     with pytest.raises(ValueError, match="drop sync_batchnorm=True"):
-        fit = trainer(rank, world_size, path, callbacks=[NormConverter()], sync_batchnorm=True)
-        fit.fit(Project(), loader(rank, world_size, 6))
+        both.fit(Project(), loader(rank, world_size, 6))
 
 
 def test_sync_batchnorm_beside_the_callback_is_an_error(run, tmp_path):

@@ -1,0 +1,1 @@
+"""What `launch/` runs: data, nets, the task and the report of one experiment. Nothing in syncbn imports it."""

@@ -1,0 +1,121 @@
+"""The models: a small ResNet of our own, and any torchvision or timm classifier by name, never with weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """Add two 3x3 convolutions to a shortcut: `relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))`.
+
+    Where the shape changes, the shortcut is a 1x1 convolution with its own norm.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, in_channels, H, W)` to `(N, channels, H / stride, W / stride)`."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet8(nn.Sequential):
+    """Stack one convolution, three blocks of width, 2 width and 4 width, mean pooling and one linear layer.
+
+    At width 16 it has 9 norm layers and 78 k parameters (He et al. 2016, section 4.2, with n = 1 and
+    1x1 shortcuts).
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            Block(width, width, stride=1),
+            Block(width, 2 * width, stride=2),
+            Block(2 * width, 4 * width, stride=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4 * width, num_classes),
+        )
+
+
+def torchvision(arch: str, num_classes: int = 10, in_channels: int = 3, **kwargs: Any) -> nn.Module:
+    """Build a torchvision classifier by name, without weights.
+
+    Raises:
+        ValueError: an unknown name, or images that do not have 3 channels.
+    """
+    import torchvision.models as zoo
+
+    _check_arch(arch, zoo.list_models(module=zoo), "torchvision")
+    if in_channels != 3:
+        raise ValueError(
+            f"torchvision models read 3 channels, this data has {in_channels}: take model=timm or model=resnet8"
+        )
+    if arch in ("googlenet", "inception_v3"):  # their auxiliary heads would return a tuple
+        kwargs = {"aux_logits": False, "init_weights": True, **kwargs}
+    model: nn.Module = zoo.get_model(arch, weights=None, num_classes=num_classes, **kwargs)
+    return model
+
+
+def timm(arch: str, num_classes: int = 10, in_channels: int = 3, **kwargs: Any) -> nn.Module:
+    """Build a timm model by name, without weights.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    import timm as zoo
+
+    _check_arch(arch, zoo.list_models(), "timm")
+    model: nn.Module = zoo.create_model(
+        arch, pretrained=False, num_classes=num_classes, in_chans=in_channels, **kwargs
+    )
+    return model
+
+
+def _check_arch(arch: str, names: Sequence[str], library: str) -> None:
+    if arch in names:
+        return
+    close = difflib.get_close_matches(arch, names, n=5, cutoff=0.5)
+    hint = f"close names: {', '.join(close)}" if close else f"some names: {', '.join(sorted(names)[:5])}"
+    raise ValueError(f"unknown model.arch={arch!r}: {library} has {len(names)} classifiers; {hint}")
+
+
+@torch.no_grad()
+def check_reads(net: nn.Module, images: Tensor, num_classes: int) -> None:
+    """Try one batch in eval mode, so that a model unfit for the images fails before training, on every rank alike.
+
+    Args:
+        net: The model; its training mode is restored.
+        images: `(N, C, H, W)`.
+        num_classes: The classes the output must have.
+
+    Raises:
+        ValueError: the model refuses the images, or its output is not `(N, num_classes)`.
+    """
+    training, shape = net.training, tuple(images.shape[1:])
+    try:
+        output = net.eval()(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"the model cannot read images of shape {shape}: {error}") from error
+    finally:
+        net.train(training)
+    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if got != (len(images), num_classes):
+        raise ValueError(f"expected the model's output to be {(len(images), num_classes)}, got {got}")

@@ -1,0 +1,21 @@
+"""What the libraries say that tells nothing about a run, each with the reason why it is silenced."""
+
+import logging
+import warnings
+
+KNOWN = (
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 uses a name that torch 2.14 renamed
+    r".*does not have many workers.*",  # images in memory are read faster without workers
+    r"Grad strides do not match bucket view strides.*",  # 1x1 kernels: strides of length-1 dimensions, no copy
+    r"Total length of `list` across ranks is zero.*",  # a source without validation images
+    r"The dirpath has changed from .*",  # a resumed run has a folder of its own
+    r".*``compute`` method of metric .* was called before the ``update``.*",  # more ranks than images to evaluate
+)
+
+
+def ignore_known_warnings() -> None:
+    """Silence the warnings above and no others, and Lightning's hints below the level of a warning."""
+    for message in KNOWN:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

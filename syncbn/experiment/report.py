@@ -1,0 +1,116 @@
+"""The record of one run: its folder, what went in, what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import platform
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import Timer
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Column, Table
+
+import syncbn
+from syncbn.experiment.batches import BatchPlan
+from syncbn.experiment.task import Classifier
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "torchvision", "timm", "scikit-learn", "numpy")
+
+
+def new_folder(root: Path, now: datetime) -> Path:
+    """Make a folder named by the time, with a number behind it if that name is taken; never one that exists."""
+    for number in itertools.count():
+        folder = root / f"{now:%Y-%m-%d_%H-%M-%S}{f'_{number}' if number else ''}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def versions() -> dict[str, str]:
+    """List the versions that can change a result; a package that is not installed is left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "syncbn": syncbn.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_inputs(folder: Path, config: DictConfig) -> None:
+    """Write `config.yaml`, every interpolation resolved, and `run.json` with command, start and versions."""
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    run = {"command": shlex.join(sys.argv), "start": datetime.now().isoformat(timespec="seconds")}
+    _write_json(folder / "run.json", {**run, "versions": versions()})
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write `results.json`: the results and what `run.json` says."""
+    _write_json(folder / "results.json", {**results, **json.loads((folder / "run.json").read_text())})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def training_seconds(trainer: Trainer) -> float:
+    """Measure the training loop without its validation, from the trainer's Timer."""
+    [timer] = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return timer.time_elapsed("train") - timer.time_elapsed("validate")
+
+
+def summarize(trainer: Trainer, task: Classifier, plan: BatchPlan, *, arm: str, seed: int) -> dict[str, Any]:
+    """Gather the results of one run after its test.
+
+    Returns:
+        Accuracy and error as fractions, the loss in nats per image, `images_per_second` over all ranks in training,
+        batch sizes in images, `lr` at its peak.
+    """
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    seconds = training_seconds(trainer)
+    return {
+        "arm": arm,
+        "test_accuracy": metrics["test/acc"],
+        "test_loss": metrics["test/loss"],
+        "train_error": 1 - metrics["train_eval/acc"],
+        "images_per_second": task.num_steps * plan.global_batch_size / seconds if task.num_steps else 0.0,
+        "training_seconds": seconds,
+        "num_steps": task.num_steps,
+        "lr": task.lr,
+        "global_batch_size": plan.global_batch_size,
+        **dataclasses.asdict(plan),
+        "device": str(trainer.strategy.root_device),
+        "seed": seed,
+    }
+
+
+def print_table(results: dict[str, Any], folder: Path) -> None:
+    """Print the results, a row each."""
+    table = Table("", Column(overflow="fold"), show_header=False)
+    rows = {
+        "arm": results["arm"],
+        "test accuracy": f"{results['test_accuracy']:.4f}",
+        "test loss": f"{results['test_loss']:.4f}",
+        "train error (eval mode)": f"{results['train_error']:.4f}",
+        "training images/s": f"{results['images_per_second']:.0f}",
+        "world size": f"{results['world_size']}",
+        "per-rank batch": f"{results['per_rank_batch_size']}",
+        "accumulated batches": f"{results['accumulate']}",
+        "global batch": f"{results['global_batch_size']}",
+        "output folder": str(folder),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value, end_section=name == "output folder")
+    Console().print(table)

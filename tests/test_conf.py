@@ -1,0 +1,109 @@
+"""Every choice in conf/ composes and makes what it names, and a wrong one is refused with the right ones listed."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import OmegaConf
+from torch import nn
+
+from syncbn.experiment.data import ImageData
+from syncbn.experiment.task import Classifier
+
+CONF = Path(__file__).parents[1] / "conf"
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+DEFAULTS = {
+    "data": "digits_on_photos",
+    "logger": "csv",
+    "model": "resnet8",
+    "task": "sgd",
+    "trainer": "auto",
+}
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def chosen(group, choice):
+    return composed(f"{'+' if group == 'norm' else ''}{group}={choice}")[group]
+
+
+def make(group, choice, tmp_path):
+    """Instantiate one choice with what launch/train.py adds to it."""
+    added = {
+        "model": {"num_classes": 10, "in_channels": 3},
+        "task": {"net": nn.Identity(), "num_classes": 10},
+        "logger": {"save_dir": str(tmp_path)},
+        "trainer": {"logger": False},
+    }
+    return instantiate(chosen(group, choice), **added.get(group, {}))
+
+
+def test_the_groups_are_all_here():
+    groups = {group: {c for g, c in CHOICES if g == group} for group, _ in CHOICES}
+    assert groups.keys() == {*DEFAULTS, "norm"}
+    assert groups["norm"] == {"bn", "syncbn", "gn"}
+    assert groups["model"] == {"resnet8", "torchvision", "timm"}
+    assert groups["data"] == {"digits_on_photos", "digits", "cifar10", "imagefolder"}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_makes_what_it_names(group, choice, tmp_path):
+    kinds = {
+        "data": ImageData,
+        "logger": CSVLogger,
+        "model": nn.Module,
+        "norm": L.Callback,
+        "task": Classifier,
+        "trainer": L.Trainer,
+    }
+    assert isinstance(make(group, choice, tmp_path), kinds[group])
+    assert not list(tmp_path.iterdir())
+
+
+def test_defaults():
+    config = composed()
+    assert config.norm is None
+    assert config.ckpt_path is None
+    for group, choice in DEFAULTS.items():
+        assert config[group] == chosen(group, choice)
+    OmegaConf.resolve(config)
+
+
+def test_files_stay_small():
+    for path in CONF.rglob("*.yaml"):
+        assert len(path.read_text().splitlines()) < 15, path
+
+
+def test_arms_differ_in_the_norm_alone():
+    arms = [OmegaConf.to_container(composed(f"+norm={norm}")) for norm in ("bn", "syncbn", "gn")]
+    assert [arm.pop("norm")["norm"] for arm in arms] == ["bn", "syncbn", "gn"]
+    assert arms[0] == arms[1] == arms[2]
+
+
+def test_every_data_set_has_the_batch_settings():
+    for choice in (choice for group, choice in CHOICES if group == "data"):
+        data = chosen("data", choice)
+        assert data.per_rank_batch_size is None
+        assert data.accumulate == 1
+        assert data.global_batch_size >= 32
+
+
+@pytest.mark.parametrize("override", ["+norm=foo", "model=foo", "data=foo", "trainer=foo", "logger=foo", "task=foo"])
+def test_an_unknown_choice_is_refused_with_the_choices(override):
+    group = override.lstrip("+").split("=")[0]
+    with pytest.raises(ConfigCompositionException) as error:
+        composed(override)
+    for known, choice in CHOICES:
+        assert known != group or choice in str(error.value)
+
+
+def test_a_plain_norm_gets_hydras_hint():
+    with pytest.raises(ConfigCompositionException, match=r"use \+norm=gn"):
+        composed("norm=gn")

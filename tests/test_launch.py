@@ -1,0 +1,154 @@
+"""The user's commands: one folder per run, the same results from any world, and a clear end for bad input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from syncbn.experiment.task import Classifier
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "launch" / "train.py"
+SMALL = ["data.num_train=160", "data.num_val=21", "data.num_test=37", "model.width=8", "trainer.log_every_n_steps=1"]
+FILES = {"config.yaml", "run.json", "results.json", "csv/metrics.csv", "checkpoints/last.ckpt"}
+
+
+def launch(folder, *arguments, num_ranks=1, timeout=120):
+    """Run the user's command in `folder`; torchrun meets over a free port of the loopback."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), str(TRAIN)]
+    environment = {**os.environ, "SYNCBN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=folder,
+        env=environment,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def only_run(folder):
+    """Give the one folder a run has made, with its results."""
+    [run] = (folder / "outputs").iterdir()
+    return run, json.loads((run / "results.json").read_text())
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def load_train():
+    spec = importlib.util.spec_from_file_location("train_under_test", TRAIN)
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    return train
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Stand in an empty folder, in the only process of its world."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SYNCBN_CACHE", str(tmp_path / "cache"))
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("num_ranks", "norm"), [(1, "syncbn"), (2, "syncbn"), (2, "gn")])
+def test_the_users_command(tmp_path, num_ranks, norm):
+    done = launch(tmp_path, f"+norm={norm}", *SMALL, num_ranks=num_ranks)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    run, results = only_run(tmp_path)
+    assert files_in(run) == FILES
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "outputs"}
+    assert (results["arm"], results["world_size"]) == (norm, num_ranks)
+    assert results["per_rank_batch_size"] * num_ranks == results["global_batch_size"] == 32
+    assert results["num_steps"] == 10
+    assert results["images_per_second"] > 0
+    assert round(results["test_accuracy"] * 37, 3) % 1 in (0, 1)  # a whole number of 37 images
+    assert OmegaConf.load(run / "config.yaml").norm.norm == norm
+    assert (done.stdout.count("world size 1: SyncBatchNorm equals BatchNorm")) == (num_ranks == 1)
+    for text in ("test accuracy", f"{results['test_accuracy']:.4f}", run.name):
+        assert done.stdout.count(text) == 1
+
+
+def test_an_error_on_two_ranks_ends_at_once_and_leaves_nothing(tmp_path):
+    done = launch(tmp_path, "+norm=syncbn", "data=imagefolder", num_ranks=2)
+    assert done.returncode != 0
+    assert "FileNotFoundError: expected folders train and val" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["data=cifar10"], FileNotFoundError, "data_batch_1.bin"),
+        (["data=imagefolder"], FileNotFoundError, "train and val"),
+        (["ckpt_path=nowhere.ckpt"], FileNotFoundError, "a checkpoint to resume, found no file nowhere.ckpt"),
+        (["data.per_rank_batch_size=0"], ValueError, "at least 1, got 0"),
+        (["data.accumulate=3"], ValueError, "does not divide over 1 ranks x 3 accumulated batches"),
+        (["data.global_batch_size=512"], ValueError, "one step of 512 training images, got 160"),
+        (["model=torchvision", "model.arch=resnet81"], ValueError, "close names: .*resnet18"),
+        (["model=timm", "model.arch=efficientnet"], ValueError, "close names: .*efficientnet_b"),
+        (["model=torchvision", "model.arch=vit_b_16"], ValueError, r"cannot read images of shape \(3, 28, 28\)"),
+        (["task.lr_rule=cubic"], ValueError, "one of constant, sqrt, linear"),
+        (["data.num_test=0"], ValueError, "at least one test image"),
+        (["+norm=gn", "norm.num_groups=5"], ValueError, "num_groups"),
+        (["+norm=gn", "norm.norm=layernorm"], ValueError, "unknown norm 'layernorm'"),
+    ],
+)
+def test_bad_input_ends_before_training(here, overrides, error, message):
+    sizes = SMALL[:3] if not overrides[0].startswith("data=") else []
+    with pytest.raises(error, match=message):
+        load_train().main(composed(*sizes, *overrides))
+    assert not (here / "outputs").exists()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
+def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch):
+    train, config = load_train(), composed("+norm=gn", *SMALL)
+    train.main(config)
+    whole, expected = only_run(here)
+
+    def stop(task, *_):
+        if task.current_epoch == 1:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_train_batch_start", stop)
+        with pytest.raises(InterruptedError):
+            train.main(config)
+    [stopped] = set((here / "outputs").iterdir()) - {whole}
+    train.main(composed("+norm=gn", *SMALL, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
+    [resumed] = set((here / "outputs").iterdir()) - {whole, stopped}
+    assert (stopped / "checkpoints" / "last.ckpt").is_file()
+    results = json.loads((resumed / "results.json").read_text())
+    for name in ("test_accuracy", "test_loss", "train_error"):
+        assert results[name] == expected[name]
+    assert results["num_steps"] == 5  # of this run
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, resumed)]
+    torch.testing.assert_close(ends[0]["state_dict"], ends[1]["state_dict"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_default_recipe_learns(tmp_path, num_ranks):
+    done = launch(tmp_path, "+norm=syncbn", num_ranks=num_ranks, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert only_run(tmp_path)[1]["test_accuracy"] >= 0.94
