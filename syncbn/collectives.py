@@ -110,9 +110,13 @@ class GroupSpec:
         return f"ranks {list(ranks)}" if isinstance(ranks, list | tuple) else repr(ranks)
 
 
-def make_declared_groups() -> None:
-    """Make the groups of all declared specs now: a collective of the world, if torch.distributed is initialized."""
-    if _declared and dist.is_available() and dist.is_initialized() and not _is_made(_declared.keys()):
+def make_groups(specs: Iterable[GroupSpec]) -> None:
+    """Make the groups of ``specs`` now, if torch.distributed is initialized: then a collective of the world.
+
+    Whether it communicates depends on ``specs`` alone, which all ranks share, not on what else a rank has declared.
+    """
+    values = {spec.value for spec in specs if isinstance(spec.value, int | str)}
+    if values and dist.is_available() and dist.is_initialized() and not _is_made(values):
         _make_groups()
 
 
@@ -151,7 +155,7 @@ def _made_group(value: int | str) -> ProcessGroup | None:
 _made_group._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_made(values: Iterable[int | str]) -> bool:
+def _is_made(values: set[Any]) -> bool:
     return bool(_made_in) and _made_in[0] is dist.group.WORLD and all(value in _made for value in values)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import norms
 from .batchnorm import SyncBatchNorm
-from .collectives import GroupSpec, ProcessGroupLike, make_declared_groups
+from .collectives import GroupSpec, ProcessGroupLike, make_groups
 from .decide import PlanRow, Step, Target, decide, is_family
 from .turning import original_of, to_batchnorm, turn_back
 
@@ -67,7 +67,7 @@ def convert(
             f"syncbn.convert found no layer to convert to {norm!r}; syncbn.plan(model) lists why.",
             stacklevel=2,
         )
-    make_declared_groups()
+    make_groups(layer._group_spec for layer in module.modules() if isinstance(layer, SyncBatchNorm))
     return module
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import LayerSync
 from torch import nn
 
-from .collectives import ProcessGroupLike, make_declared_groups
+from .collectives import ProcessGroupLike
 from .convert import convert, plan, revert
 
 
@@ -84,7 +84,6 @@ def configure_model(self: LightningModule) -> None:
     converter: NormConverter = self.__dict__.pop("_syncbn_converter")
     self.configure_model()
     convert(self, converter.norm, **converter.options)
-    make_declared_groups()
 
 
 def _refuse_second_converter(trainer: Trainer) -> None:

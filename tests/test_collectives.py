@@ -80,6 +80,19 @@ def test_groups_are_made_in_one_order(run):
         assert specs == [[rank], pair, [0, 1, 2, 3]]
 
 
+def declared_on_one_rank(rank, world_size):
+    """A spec that only one rank has (a model not yet collected, say) makes no rank wait for the others."""
+    other = syncbn.SyncBatchNorm(2, process_group=2) if rank == 0 else None
+    syncbn.convert(torch.nn.BatchNorm1d(2))(torch.randn(3, 2))
+    found = members(syncbn.convert(torch.nn.BatchNorm1d(2), process_group=4))
+    del other
+    return found
+
+
+def test_a_spec_of_one_rank_alone_is_no_collective(run):
+    assert run(declared_on_one_rank, 4, timeout=20) == [[0, 1, 2, 3]] * 4
+
+
 def subgroups_equal_one_process(rank, world_size, case):
     return run_case(rank, case)
 
