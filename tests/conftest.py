@@ -1,5 +1,10 @@
+from pathlib import Path
+
 import pytest
 from ranks import Ranks
+
+LISTED = (Path(__file__).parent / "README.md").read_text()
+unlisted = set()
 
 
 def pytest_addoption(parser):
@@ -24,3 +29,21 @@ def ranks(request, tmp_path_factory):
 @pytest.fixture
 def run(ranks):
     return ranks.run
+
+
+def pytest_collectreport(report):
+    pytest_runtest_logreport(report)  # a file that skips itself
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        if f"`{reason}`" not in LISTED:
+            unlisted.add(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session):
+    """Fail on a skip whose reason tests/README.md does not list."""
+    if unlisted:
+        print("\nskipped for a reason that tests/README.md does not list:", *sorted(unlisted), sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
