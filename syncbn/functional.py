@@ -137,8 +137,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         return y, *batch
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, count, mean, invstd = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy  # undefined here, perhaps not on the other ranks
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         if needs_dx and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, sum_dy, sum_dy_xhat = _differentiable_backward(dy, x, weight, count, mean, ctx.eps, ctx.group)

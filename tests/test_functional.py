@@ -289,6 +289,48 @@ def test_expanded_and_permuted_gradients(run):
         torch.testing.assert_close(other, second[rank : rank + 1], rtol=1e-10, atol=1e-10)
 
 
+class NoGradientOnRankOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, rank):
+        ctx.rank = rank
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (None if ctx.rank == 1 else dy), None
+
+
+def undefined_gradient(rank, world_size):
+    """Autograd may pass no gradient at all on one rank: it takes part in the exchange with zeros."""
+    x = torch.arange(4.0)[:, None].add(rank).requires_grad_()
+    NoGradientOnRankOne.apply(syncbn.SyncBatchNorm(1)(x), rank).pow(3).sum().backward()
+    return x.grad
+
+
+def test_a_rank_without_gradient_takes_part(run):
+    x = torch.cat([torch.arange(4.0), torch.arange(4.0) + 1])[:, None].requires_grad_()
+    F.batch_norm(x, None, None, training=True)[:4].pow(3).sum().backward()
+    torch.testing.assert_close(torch.cat(run(undefined_gradient, 2, timeout=20)), x.grad)
+
+
+def memory_is_released(rank, world_size):
+    import gc
+    import weakref
+
+    gc.disable()
+    layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True) * 1
+    kept = weakref.ref(x)
+    y = layer(x)
+    (y**2).sum().backward()
+    del x, y
+    gc.enable()
+    return kept() is None
+
+
+def test_nothing_keeps_the_input_after_backward(run):
+    assert run(memory_is_released, 2) == [True, True]
+
+
 def layouts(rank, world_size, shape, memory_format):
     x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
     y = syncbn.SyncBatchNorm(shape[1])(x)
