@@ -362,12 +362,23 @@ def test_memory_format_is_kept(run, shape, memory_format):
         (torch.ones(2, 4, 4), "3 channels.*got 4"),
         (torch.ones(2, 3, dtype=torch.long), "floating dtype"),
         (torch.ones(2, 3, dtype=torch.complex64), "floating dtype"),
+        (torch.ones(2, 3, dtype=torch.float64), "layer's dtype torch.float32"),
     ],
 )
 def test_bad_input_is_a_value_error(x, message, training):
     layer = syncbn.SyncBatchNorm(3).train(training)
     with pytest.raises(ValueError, match=message):
         layer(x)
+
+
+def no_eps(rank, world_size):
+    with pytest.raises(ValueError, match="eps to be positive"):
+        syncbn.SyncBatchNorm(3, eps=0.0)(torch.randn(2, 3))
+
+
+def test_eps_of_zero_is_refused(run):
+    run(no_eps, 1)
+    run(no_eps, 2)
 
 
 def test_zero_channels_without_parameters():
