@@ -32,7 +32,7 @@ import syncbn
 from syncbn.experiment import nets, report
 from syncbn.experiment.batches import World
 from syncbn.experiment.data import ImageData
-from syncbn.experiment.quiet import ignore_known_warnings
+from syncbn.experiment.known_warnings import ignore_known_warnings
 from syncbn.experiment.task import Classifier
 
 TIMEOUT = timedelta(minutes=5)  # of a collective: a rank that waits longer has lost its peers

@@ -3,8 +3,8 @@
 from . import functional
 from .batchnorm import SyncBatchNorm
 from .convert import convert, plan, revert
-from .decide import PlanRow, register
 from .freeze import freeze, unfreeze
+from .rules import PlanRow, register
 
 __version__ = "0.1.0"
 

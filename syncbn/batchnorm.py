@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import functional, recompute
+from . import ddp, functional, recompute
 from .collectives import GroupSpec, ProcessGroupLike
-from .ddp import keep_buffers_of
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -67,8 +66,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def process_group(self) -> Any:
-        """Ranks that share statistics, as given; for a layer that was pickled with a ProcessGroup, their numbers."""
-        return self._group_spec.value
+        """Ranks that share statistics, as given; for a layer unpickled with a ProcessGroup, the group of its ranks."""
+        spec = self._group_spec
+        return spec.resolve() if spec.value is None and spec.ranks is not None else spec.value
 
     @process_group.setter
     def process_group(self, value: ProcessGroupLike | GroupSpec) -> None:
@@ -77,11 +77,13 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""
         self._check_input_dim(input)
+        parameter = self.running_mean if self.weight is None else self.weight
+        functional.check_input(input, self.num_features if parameter is None else len(parameter), parameter)
         if not self.training and self.running_mean is None:  # its own batch, on this rank alone, as nn.BatchNorm does
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         tracks = self.training and self.track_running_stats
-        if self.training and self._group_spec.is_subgroup:
-            keep_buffers_of(_has_subgroup)
+        if self.training:
+            ddp.check_in(_has_subgroup if self._group_spec.is_subgroup else None)
         return functional.sync_batch_norm(
             input,
             self.running_mean if tracks or not self.training else None,

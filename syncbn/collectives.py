@@ -51,15 +51,17 @@ class GroupSpec:
         ValueError: If ``value`` is none of these, or a ProcessGroup that this rank is not in.
     """
 
-    value: ProcessGroupLike | tuple[int, ...]  # ranks: what is left of a pickled ProcessGroup
+    value: ProcessGroupLike
+    ranks: tuple[int, ...] | None  # of a ProcessGroup, which may be gone by the time they are asked for
 
-    def __new__(cls, value: ProcessGroupLike | tuple[int, ...]) -> "GroupSpec":
+    def __new__(cls, value: ProcessGroupLike) -> "GroupSpec":
         """Return the one spec of an int or "node", so that it is declared as long as any layer has it."""
         _check_spec(value)
         spec = _declared.get(value) if isinstance(value, int | str) else None
         if spec is None:
             spec = super().__new__(cls)
             spec.value = value
+            spec.ranks = tuple(dist.get_process_group_ranks(value)) if isinstance(value, ProcessGroup) else None
             if isinstance(value, int | str):
                 _declared[value] = spec
         return spec
@@ -67,7 +69,7 @@ class GroupSpec:
     @property
     def is_subgroup(self) -> bool:
         """Whether statistics may differ between groups of ranks."""
-        return self.value is not None
+        return self.value is not None or self.ranks is not None
 
     def resolve(self) -> ProcessGroup | None:
         """Find the process group, or None where there is nothing to exchange: no process group, or a group of one.
@@ -76,51 +78,75 @@ class GroupSpec:
         a collective of the whole world.
 
         Raises:
-            ValueError: If an int does not divide the world size; if no group has the ranks that were pickled.
+            ValueError: If an int does not divide the world size; if the process group is gone, or, after unpickling,
+                no group of its ranks exists.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return None
-        if self.value is None:
+        if self.ranks is not None:
+            group = self.value if isinstance(self.value, ProcessGroup) else None
+            if group is None or not (torch.compiler.is_compiling() or group in dist.distributed_c10d._world.pg_map):
+                group = _find_group(self.ranks)
+        elif self.value is None:
             group = dist.group.WORLD
-        elif isinstance(self.value, tuple):
-            group = _find_group(self.value)
         elif isinstance(self.value, int | str):
             group = _made_group(self.value)
-        elif isinstance(self.value, DeviceMesh):
-            group = self.value.get_group()
         else:
-            group = self.value
+            assert isinstance(self.value, DeviceMesh)
+            group = self.value.get_group()
         return None if group is None or dist.get_world_size(group) == 1 else group
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, GroupSpec) and self.value == other.value
+        return isinstance(other, GroupSpec) and (self.value, self.ranks) == (other.value, other.ranks)
 
     def __hash__(self) -> int:
-        return hash(self.value)
+        return hash((self.value, self.ranks))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GroupSpec":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        value = self.value
-        return GroupSpec, (tuple(dist.get_process_group_ranks(value)) if isinstance(value, ProcessGroup) else value,)
+        return (GroupSpec, (self.value,)) if self.ranks is None else (_spec_of_ranks, (self.ranks,))
 
     def __repr__(self) -> str:
-        ranks = dist.get_process_group_ranks(self.value) if isinstance(self.value, ProcessGroup) else self.value
-        return f"ranks {list(ranks)}" if isinstance(ranks, list | tuple) else repr(ranks)
+        return repr(self.value) if self.ranks is None else f"ranks {list(self.ranks)}"
+
+
+def _spec_of_ranks(ranks: tuple[int, ...]) -> GroupSpec:
+    """Unpickle the spec of a ProcessGroup, which is found again when it is needed."""
+    spec = object.__new__(GroupSpec)
+    spec.value, spec.ranks = None, ranks
+    return spec
 
 
 def make_groups(specs: Iterable[GroupSpec]) -> None:
     """Make the groups of ``specs`` now, if torch.distributed is initialized: then a collective of the world.
 
     Whether it communicates depends on ``specs`` alone, which all ranks share, not on what else a rank has declared.
+
+    Raises:
+        ValueError: If an int does not divide the world size.
     """
     values = {spec.value for spec in specs if isinstance(spec.value, int | str)}
-    if values and dist.is_available() and dist.is_initialized() and not _is_made(values):
+    if not (values and dist.is_available() and dist.is_initialized()):
+        return
+    if not _is_made(values):
         _make_groups()
+    for value in values:
+        _made_group(value)
 
 
-def _check_spec(value: ProcessGroupLike | tuple[int, ...]) -> None:
+def check_size(size: int, world_size: int) -> None:
+    """Raise a ValueError that lists the choices, if groups of ``size`` ranks do not fill the world."""
+    if world_size % size and world_size > 1:
+        choices = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"process_group={size}: expected a number of ranks that divides the world size {world_size}; "
+            f"choose one of {choices}."
+        )
+
+
+def _check_spec(value: ProcessGroupLike) -> None:
     if dist.is_available() and value is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: expected a group that this rank is in, got one that it is not a member of.")
     if isinstance(value, ProcessGroup) and dist.get_rank(value) < 0:
@@ -134,7 +160,7 @@ def _check_spec(value: ProcessGroupLike | tuple[int, ...]) -> None:
         )
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return
-    if not (value is None or value == "node" or isinstance(value, ProcessGroup | DeviceMesh | tuple)):
+    if not (value is None or value == "node" or isinstance(value, ProcessGroup | DeviceMesh)):
         raise ValueError(
             "process_group: expected None (all ranks), a number of consecutive ranks (1 or more), 'node', "
             f"a ProcessGroup or a DeviceMesh, got {value!r}."
@@ -148,11 +174,6 @@ def _made_group(value: int | str) -> ProcessGroup | None:
     if isinstance(group, ValueError):
         raise group
     return group
-
-
-# What torch.compiler.assume_constant_result does, without the second it takes to import the compiler: groups are
-# made while torch.compile traces, not in the graph.
-_made_group._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_made(values: set[Any]) -> bool:
@@ -178,13 +199,11 @@ def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueE
     world_size, rank = len(hosts), dist.get_rank()
     if isinstance(value, str):
         parts = [[r for r in range(world_size) if hosts[r] == host] for host in sorted(set(hosts))]
-    elif world_size % value and world_size > 1:
-        choices = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        return ValueError(
-            f"process_group={value}: expected a number of ranks that divides the world size {world_size}; "
-            f"choose one of {choices}."
-        )
     else:
+        try:
+            check_size(value, world_size)
+        except ValueError as error:
+            return error  # for whoever asks for these groups
         parts = [list(range(start, start + value)) for start in range(0, world_size, value)]
     if len(parts) == 1:
         return dist.group.WORLD
@@ -209,12 +228,16 @@ def _timeout() -> timedelta | None:
 def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
     if len(ranks) == 1 or dist.get_world_size() == 1:
         return None
-    if ranks == tuple(range(dist.get_world_size())):
-        return dist.group.WORLD
-    for group in dist.distributed_c10d._world.pg_map:
-        if tuple(dist.get_process_group_ranks(group)) == ranks:
+    for group in (dist.group.WORLD, *dist.distributed_c10d._world.pg_map):
+        if group is not None and tuple(dist.get_process_group_ranks(group)) == ranks:
             return group
     raise ValueError(
-        f"process_group: this layer was pickled with the group of the ranks {list(ranks)}, and no such group exists "
-        "here. Make it with torch.distributed.new_group on every rank, or set layer.process_group."
+        f"process_group: this layer has the group of the ranks {list(ranks)}, and no such group exists (any more). "
+        "Make it with torch.distributed.new_group on every rank, or set layer.process_group."
     )
+
+
+# What torch.compiler.assume_constant_result does, without the second it takes to import the compiler: groups are
+# made and found while torch.compile traces, not in the graph.
+for _function in (_made_group, _find_group):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute

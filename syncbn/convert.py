@@ -13,12 +13,15 @@ from torch import nn
 from . import norms
 from .batchnorm import SyncBatchNorm
 from .collectives import GroupSpec, ProcessGroupLike, make_groups
-from .decide import PlanRow, Step, Target, decide, is_family
-from .turning import original_of, to_batchnorm, turn_back
+from .rules import PlanRow, Step, Target, decide, is_family
+from .swap import original_of, to_batchnorm, turn_back
 
 M = TypeVar("M", bound=nn.Module)
 
-_ORDER = "The order is: convert, then compile, shard or wrap, then make the optimizer."
+_ORDER = (
+    "The order is: convert, then compile, shard or wrap, then make the optimizer (in a LightningModule that compiles "
+    "itself: call syncbn.convert before it does, in configure_model)."
+)
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
 
 
@@ -51,12 +54,15 @@ def convert(
 
     Raises:
         ValueError: Before anything is touched: an unknown norm, unusable ``norm_kwargs`` or ``process_group``; a lazy
-            or parametrized layer; a model already wrapped, sharded or compiled.
+            or parametrized layer; a model already wrapped, sharded or compiled, unless nothing is left to convert.
     """
     steps = _steps(module, norm, process_group, include, exclude, include_frozen, norm_kwargs)
-    errors = [f"  {step.row.name or '(the module itself)'}: {step.row.reason}" for step in steps if step.is_error]
-    if errors:
-        raise ValueError("\n".join([f"syncbn.convert: nothing was converted to {norm!r}.", *errors]))
+    if any(step.turn or (step.is_error and not step.is_wrapper) for step in steps):  # else nothing is left to do
+        errors = [f"  {step.row.name or '(the module itself)'}: {step.row.reason}" for step in steps if step.is_error]
+        if errors:
+            raise ValueError("\n".join([f"syncbn.convert: nothing was converted to {norm!r}.", *errors]))
+    if process_group is not None:
+        make_groups([GroupSpec(process_group)])
     for step in steps:
         if step.is_unknown:
             warnings.warn(f"syncbn.convert left {step.row.name} alone: {step.row.reason}", stacklevel=2)
@@ -149,7 +155,7 @@ def _step(names: list[str], layer: nn.Module, target: Target, include: list[str]
         wrapper = "torch.compile"
     if wrapper is not None:
         reason = f"already wrapped by {wrapper}: convert the module before. {_ORDER}"
-        return Step(row._replace(reason=reason), is_error=True)
+        return Step(row._replace(reason=reason), is_error=True, is_wrapper=True)
     if not is_family(layer):
         return None
     excluding = next((p for p in exclude for n in names if fnmatchcase(n, p)), None)

@@ -1,4 +1,4 @@
-"""Keep DistributedDataParallel from overwriting the statistics of subgroups.
+"""What a training forward must know of the DistributedDataParallel module that runs it.
 
 Before every training forward DDP copies rank 0's buffers to all ranks, unless it was made with
 ``forward_sync_buffers=False`` (recommended). Layers of the world group hold equal statistics everywhere, so that copy
@@ -16,20 +16,32 @@ from torch.nn.parallel import DistributedDataParallel
 _told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
-def keep_buffers_of(layers: Callable[[nn.Module], bool]) -> None:
-    """Take the buffers of the chosen layers out of the running DDP module's copy per step; once per DDP module.
+def check_in(is_subgroup_layer: Callable[[nn.Module], bool] | None) -> None:
+    """Refuse ``DDP.join()``, and keep DDP's copy per step away from the statistics of subgroups.
 
-    To be called in a layer's forward: only there is it known which DDP module runs it, and under which names. The
-    first step's copy has been made then; it repeats the one at construction. Not seen by a compiled model, which needs
+    To be called in a layer's training forward: only there is it known which DDP module runs it, and under which names
+    it knows the layers. The buffers of subgroup layers leave the copy per step with the first step, whose own copy has
+    been made then: it repeats the one at construction. Nothing is seen of a compiled model, which needs
     ``forward_sync_buffers=False``.
+
+    Args:
+        is_subgroup_layer: Tells the layers to protect; None if the calling layer is of the world group.
+
+    Raises:
+        ValueError: Under ``DDP.join()``: a rank that has run out of data answers DDP's collectives, not the layer's.
     """
-    if torch.compiler.is_compiling():
+    ddp = None if torch.compiler.is_compiling() else getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
         return
-    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
-    if ddp is None or ddp in _told:
+    if ddp._join_config.enable:
+        raise ValueError(
+            "SyncBatchNorm cannot run under DDP.join(): a rank without data would not take part in the layers' "
+            "exchanges. Give every rank the same number of steps; its batch may be smaller, or empty."
+        )
+    if is_subgroup_layer is None or ddp in _told:
         return
     for name, layer in ddp.module.named_modules(remove_duplicate=False):
-        if layers(layer):
+        if is_subgroup_layer(layer):
             prefix = f"{name}." if name else ""
             ddp.parameters_to_ignore.update(prefix + buffer for buffer, _ in layer.named_buffers(recurse=False))
     ddp._assign_modules_buffers()

@@ -56,10 +56,15 @@ def sync_batch_norm(
         A tensor of the shape, dtype and memory format of ``input``.
 
     Raises:
-        ValueError: If ``input`` has another shape or dtype than stated, or a device without float64; on every rank
-            alike, if all ranks together have one value per channel.
+        ValueError: If ``input`` has another shape or dtype than stated (half types go with float32 parameters too),
+            or a device without float64; if ``eps`` is not positive in training; on every rank alike, if all ranks
+            together have one value per channel.
     """
-    _check_input(input, running_mean, weight)
+    parameter = running_mean if weight is None else weight
+    num_features = len(parameter) if parameter is not None else input.shape[1] if input.dim() > 1 else 0
+    check_input(input, num_features, parameter)
+    if training and eps <= 0:
+        raise ValueError(f"expected eps to be positive in training, got {eps}.")
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     spec = process_group if isinstance(process_group, GroupSpec) else GroupSpec(process_group)
@@ -76,22 +81,32 @@ def sync_batch_norm(
     return cast(Tensor, y)
 
 
-def _global_moments(x: Tensor, eps: float, group: ProcessGroup) -> Moments:
-    """Compute the moments over all ranks of ``group``: one exchange."""
-    local_count = x.numel() // x.shape[1]
-    packed = moments.pack(local_count, *kernels.local_sums(x))  # (2C + 1,)
-    batch = moments.unpack(all_reduce(packed, group), eps)
-    if local_count <= 1:  # so it is on every rank, if the global count is 1; no other rank has to read it
-        _refuse_one_value(batch.count)
-    return batch
+def check_input(x: Tensor, num_features: int, parameter: Tensor | None) -> None:
+    """Refuse an input that does not fit the layer: what ``F.batch_norm`` refuses, on several processes as on one.
 
+    Args:
+        x: The input.
+        num_features: Channels of the layer.
+        parameter: One of its per-channel tensors, for the dtype; None if it has none.
 
-def _refuse_one_value(count: Tensor) -> None:
-    message = "Expected more than 1 value per channel when training, got 1 over all ranks of the process group"
-    if torch.compiler.is_compiling():
-        torch._assert_async(count.squeeze() != 1, message)
-    elif count.item() == 1:
-        raise ValueError(f"{message}. Use a larger batch or eval mode.")
+    Raises:
+        ValueError: See `sync_batch_norm`.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"expected an input of 2 or more dimensions (N, C, *), got shape {tuple(x.shape)}.")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"expected an input of a floating dtype, got {x.dtype}; convert it, as in input.float().")
+    if x.device.type == "mps":
+        raise ValueError("syncbn: the device 'mps' has no float64, in which the statistics travel; use CPU or CUDA.")
+    if x.shape[1] == 0 or x.shape[1] != num_features:
+        wanted = num_features or "at least 1"
+        raise ValueError(f"expected an input of {wanted} channels (N, C, *), got {x.shape[1]} in {tuple(x.shape)}.")
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    if parameter is not None and parameter.dtype not in (x.dtype, torch.float32 if is_half else x.dtype):
+        raise ValueError(
+            f"expected an input of the layer's dtype {parameter.dtype}, or of a half type for a float32 layer, "
+            f"got {x.dtype}; convert one of them."
+        )
 
 
 def _one_process(
@@ -125,7 +140,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: ProcessGroup
     ) -> tuple[Tensor, ...]:
-        batch = recompute.recall()
+        batch = recompute.replay()
         if batch is None:
             batch = _global_moments(x, eps, group)
             recompute.record(batch)
@@ -155,6 +170,24 @@ class _SyncBatchNorm(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
+def _global_moments(x: Tensor, eps: float, group: ProcessGroup) -> Moments:
+    """Compute the moments over all ranks of ``group``: one exchange."""
+    local_count = x.numel() // x.shape[1]
+    packed = moments.pack(local_count, *kernels.local_sums(x))  # (2C + 1,)
+    batch = moments.unpack(all_reduce(packed, group), eps)
+    if local_count <= 1:  # so it is on every rank, if the global count is 1; no other rank has to read it
+        _refuse_one_value(batch.count)
+    return batch
+
+
+def _refuse_one_value(count: Tensor) -> None:
+    message = "Expected more than 1 value per channel when training, got 1 over all ranks of the process group"
+    if torch.compiler.is_compiling():
+        torch._assert_async(count.squeeze() != 1, message)
+    elif count.item() == 1:
+        raise ValueError(f"{message}. Use a larger batch or eval mode.")
+
+
 def _differentiable_backward(
     dy: Tensor,
     x: Tensor,
@@ -182,17 +215,3 @@ def _differentiable_backward(
     scale = invstd if weight is None else invstd * weight
     dx = (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape)) * scale.view(shape)
     return dx.to(x.dtype), sum_dy, sum_dy_xhat
-
-
-def _check_input(x: Tensor, running_mean: Tensor | None, weight: Tensor | None) -> None:
-    if x.dim() < 2:
-        raise ValueError(f"expected an input of 2 or more dimensions (N, C, *), got shape {tuple(x.shape)}.")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"expected an input of a floating dtype, got {x.dtype}; convert it, as in input.float().")
-    if x.device.type == "mps":
-        raise ValueError("syncbn: the device 'mps' has no float64, in which the statistics travel; use CPU or CUDA.")
-    channels = x.shape[1]
-    known = next((len(t) for t in (weight, running_mean) if t is not None), channels)
-    if channels == 0 or channels != known:
-        wanted = known or "at least 1"
-        raise ValueError(f"expected an input of {wanted} channels (N, C, *), got {channels} in {tuple(x.shape)}.")

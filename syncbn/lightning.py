@@ -16,14 +16,15 @@ from torch import nn
 
 from .collectives import ProcessGroupLike
 from .convert import convert, plan, revert
+from .swap import original_of
 
 
 class NormConverter(Callback):
     """Convert the BatchNorm layers of the LightningModule, in every stage and strategy; arguments as `syncbn.convert`.
 
     Layers built in ``__init__``, ``setup`` and ``configure_model`` are all found. The model stays converted after the
-    stage; `syncbn.revert` gives the original back. Collectives: those of `syncbn.convert`, where the process group
-    exists, as in DDP.
+    stage; `syncbn.revert` gives the original back. Several converters work in their order. Collectives: those of
+    `syncbn.convert`, where the process group exists, as in DDP.
 
     Raises:
         ValueError: At construction for an unknown norm or unusable arguments; in setup, if ``Trainer`` has
@@ -51,7 +52,7 @@ class NormConverter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let ``configure_model`` convert what it has built."""
         _refuse_second_converter(trainer)
-        pl_module.__dict__["_syncbn_converter"] = self
+        pl_module.__dict__.setdefault("_syncbn_converters", []).append(self)
         pl_module.configure_model = MethodType(configure_model, pl_module)  # type: ignore[method-assign]
 
 
@@ -66,14 +67,21 @@ class SyncBatchNormLayerSync(LayerSync):
 
     def __init__(self, process_group: ProcessGroupLike = None) -> None:
         self.process_group = process_group
+        self._converted: list[nn.Module] = []
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Convert every BatchNorm layer."""
-        return convert(model, process_group=self.process_group)
+        before = [layer for layer in model.modules() if original_of(layer) is None]
+        convert(model, process_group=self.process_group)
+        self._converted = [layer for layer in before if original_of(layer) is not None]
+        return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Give the layers that the user wrote back."""
-        return revert(model)
+        """Give back the layers that `apply` converted; what was converted before stays."""
+        for layer in self._converted:
+            revert(layer)
+        self._converted = []
+        return model
 
 
 # A function of the module level that removes itself, bound to the module: unlike a closure it acts on the right module
@@ -81,9 +89,10 @@ class SyncBatchNormLayerSync(LayerSync):
 def configure_model(self: LightningModule) -> None:
     """Build the model as the LightningModule does, then convert it."""
     del self.configure_model
-    converter: NormConverter = self.__dict__.pop("_syncbn_converter")
+    converters: list[NormConverter] = self.__dict__.pop("_syncbn_converters")
     self.configure_model()
-    convert(self, converter.norm, **converter.options)
+    for converter in converters:
+        convert(self, converter.norm, **converter.options)
 
 
 def _refuse_second_converter(trainer: Trainer) -> None:

@@ -2,7 +2,7 @@
 
 With n values per channel over all ranks, ``mean = sum / n``, ``var = sqsum / n - mean**2`` and
 ``invstd = rsqrt(var + eps)`` (Ioffe & Szegedy 2015, algorithm 1). Everything here is float64, so that the
-difference of squares loses at most ``(mean/std)**2 * 2e-16`` of the variance. Nothing here communicates.
+difference of squares loses about ``(mean/std)**2 * 2e-16`` of the variance. Nothing here communicates.
 """
 
 from typing import NamedTuple

@@ -28,12 +28,15 @@ _tapes: weakref.WeakKeyDictionary[Any, _Tape] = weakref.WeakKeyDictionary()
 
 
 def is_recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass, and so repeats an earlier one."""
+    """Whether this forward pass runs inside a backward pass, and so repeats an earlier one.
+
+    A first forward pass that a backward hook starts looks the same, and updates no statistics either.
+    """
     return not torch.compiler.is_compiling() and _backward_pass() != -1
 
 
-def recall() -> Moments | None:
-    """Return what was recorded at the same place of the first pass, if this is a non-reentrant recomputation."""
+def replay() -> Moments | None:
+    """Return the next record of the first pass, if this is a recomputation of a non-reentrant checkpoint."""
     frame, is_first_pass = _checkpoint_frame()
     tape = None if frame is None or is_first_pass else _tapes.get(frame)
     if tape is None:

@@ -140,4 +140,5 @@ def _call(rank, function, world_size, args, store, timeout, device):
     try:
         return function(rank, world_size, *args)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """Which ranks share statistics: group specs, their groups, copies and pickles."""
 
 import copy
-import os
+import io
 import pickle
 import socket
 
@@ -129,9 +129,9 @@ def copies(rank, world_size):
     assert other.process_group is group
     assert other.weight is not layer.weight
     again = pickle.loads(pickle.dumps(layer))
-    torch.save(torch.nn.Sequential(layer), f"/tmp/{os.getpid()}.pt")
-    loaded = torch.load(f"/tmp/{os.getpid()}.pt", weights_only=False)[0]
-    os.remove(f"/tmp/{os.getpid()}.pt")
+    file = io.BytesIO()
+    torch.save(torch.nn.Sequential(layer), file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)[0]
     ema = torch.optim.swa_utils.AveragedModel(torch.nn.Sequential(layer))
     ema.update_parameters(torch.nn.Sequential(layer))
     world = pickle.loads(pickle.dumps(syncbn.SyncBatchNorm(2, process_group=dist.group.WORLD)))
@@ -141,6 +141,24 @@ def copies(rank, world_size):
 def test_copies_share_and_pickles_find_the_group(run):
     for result in run(copies, 2):
         assert result == [[0, 1]] * 5
+
+
+def after_destroying(rank, world_size):
+    """The usual end of a script: the process group is gone, the model is still printed and saved."""
+    model = torch.nn.Sequential(syncbn.SyncBatchNorm(2, process_group=dist.new_group([0, 1])))
+    everyone = syncbn.SyncBatchNorm(2, process_group=dist.group.WORLD)
+    model(torch.randn(2, 2))
+    dist.destroy_process_group()
+    assert "ranks [0, 1]" in repr(model)
+    assert "ranks [0, 1]" in repr(copy.deepcopy(everyone))
+    again = pickle.loads(pickle.dumps(model))
+    assert again(torch.randn(2, 2)).shape == (2, 2)  # no process group: plain BatchNorm
+    file = io.BytesIO()
+    torch.save(again, file)
+
+
+def test_models_are_printed_and_saved_after_the_process_group_is_gone(run):
+    run(after_destroying, 2)
 
 
 def pickle_without_group(rank, world_size):
@@ -165,13 +183,20 @@ def test_pickles_load_without_torch_distributed(run):
     assert layer(torch.randn(3, 2)).shape == (3, 2)
 
 
-def not_dividing(rank, world_size):
+def not_dividing(rank, world_size, convert):
+    if convert:
+        model = torch.nn.BatchNorm1d(2)
+        try:
+            syncbn.convert(model, process_group=2)
+        finally:
+            assert type(model) is torch.nn.BatchNorm1d
     syncbn.SyncBatchNorm(2, process_group=2)(torch.randn(2, 2))
 
 
-def test_a_size_that_does_not_divide_the_world(run):
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_size_that_does_not_divide_the_world(run, convert):
     with pytest.raises(AssertionError) as caught:
-        run(not_dividing, 3)
+        run(not_dividing, 3, convert)
     assert len(caught.value.errors) == 3
     for kind, message in caught.value.errors.values():
         assert kind == "ValueError"

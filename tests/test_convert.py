@@ -47,9 +47,6 @@ def note(module, args, output):
     """A hook."""
 
 
-# ---------------------------------------- keeping everything
-
-
 @pytest.mark.parametrize("cls", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
 def test_a_bare_layer(cls):
     layer = cls(3, eps=1e-3, momentum=None, bias=False).eval()
@@ -163,9 +160,6 @@ def test_real_models_convert_completely_and_come_back(name, norm):
             assert torch.equal(converted[key], wanted[key])
 
 
-# ---------------------------------------- fused, frozen, registered
-
-
 def test_fused_activation_is_kept_bit_for_bit():
     torch.manual_seed(0)
     fused = timm().layers.BatchNormAct2d(8).eval()
@@ -207,7 +201,7 @@ def test_an_unknown_subclass_is_left_alone_until_registered(monkeypatch):
     with pytest.warns(UserWarning, match=r"left 0 alone: MyBatchNorm .* syncbn.register\(MyBatchNorm"):
         syncbn.convert(model)
     assert [type(m) for m in model] == [MyBatchNorm, SyncBatchNorm]
-    monkeypatch.setattr(sys.modules["syncbn.decide"], "_REGISTERED", {})
+    monkeypatch.setattr(sys.modules["syncbn.rules"], "_REGISTERED", {})
     syncbn.register(MyBatchNorm, MySyncBatchNorm)
     syncbn.convert(model)
     assert type(model[0]) is MySyncBatchNorm
@@ -241,9 +235,6 @@ def test_frozen_batchnorm_is_listed_and_converted_on_request():
     assert set(model.state_dict()) == keys
     assert not list(model[0].parameters())
     assert list(model[0].state_dict()) == list(torchvision().ops.FrozenBatchNorm2d(3).state_dict())
-
-
-# ---------------------------------------- other norms and back
 
 
 def test_groupnorm_leaves_no_statistics_and_revert_restores_them():
@@ -317,9 +308,6 @@ def test_what_was_written_as_syncbatchnorm_stays_unless_asked():
     assert list(model.state_dict()) == keys
 
 
-# ---------------------------------------- plan and filters
-
-
 def test_plan_touches_nothing_and_says_why():
     model = small()
     before = {n: type(m) for n, m in model.named_modules()}
@@ -348,9 +336,6 @@ def test_converting_nothing_is_a_warning():
 def test_convert_sync_batchnorm_is_the_same_call():
     model = SyncBatchNorm.convert_sync_batchnorm(small(), 2)
     assert model.stem[1].process_group == 2
-
-
-# ---------------------------------------- bad input
 
 
 class Doubled(nn.Module):

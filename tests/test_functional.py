@@ -1,5 +1,8 @@
 """Second order, compilation, collectives and memory of the training step; bad input."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,9 +15,6 @@ import syncbn
 from syncbn.functional import sync_batch_norm
 
 SHAPES = [(2, 3, 2, 2), (1, 3, 2, 2)]
-
-
-# ---------------------------------------------------------------------------------------------------- second order
 
 
 def penalty(layer, x):
@@ -129,9 +129,6 @@ def test_gradgradcheck(run):
     assert run(gradgradcheck, 2) == [True, True]
 
 
-# ----------------------------------------------------------------------------------------------------- compilation
-
-
 def compiled(rank, world_size, cases, backend):
     torch._dynamo.reset()
     out = []
@@ -184,6 +181,46 @@ def test_compile_with_subgroups_made_while_tracing(run):
     assert not torch.equal(results[0][1], results[2][1])
 
 
+def compiled_process_group(rank, world_size):
+    torch._dynamo.reset()
+    layer = syncbn.SyncBatchNorm(3, process_group=dist.new_group([0, 1]))
+    again = pickle.loads(pickle.dumps(layer))
+    x = torch.full((2, 3), float(rank)) + torch.arange(2.0)[:, None]
+    for one in (layer, again):
+        torch.compile(one, fullgraph=True, backend="aot_eager")(x)
+    return layer.running_mean, again.running_mean
+
+
+def test_compile_with_a_process_group(run):
+    for given, found in run(compiled_process_group, 2, timeout=120):
+        assert torch.equal(given, found)
+        torch.testing.assert_close(given, torch.full((3,), 0.1))
+
+
+def several_in_one_process(rank, world_size):
+    """Layouts, dtypes, sizes and options in turn: the compiler generalizes over them, and must not fail."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    worst = 0.0
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch._dynamo.reset()
+        for options in ({}, {"affine": False}, {"bias": False, "momentum": None}, {"track_running_stats": False}):
+            for i, memory_format in enumerate(formats):
+                eager = syncbn.SyncBatchNorm(4, dtype=None if dtype == torch.bfloat16 else dtype, **options)
+                layer = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+                x = torch.randn(2 + i + rank, 4, 5, 5 - i).to(dtype, memory_format=memory_format)
+                w = torch.randn_like(x)
+                inputs = [x.clone().requires_grad_() for _ in range(2)]
+                for module, x in zip((eager, layer), inputs, strict=True):
+                    (module(x) * w).sum().backward()
+                error = (inputs[0].grad - inputs[1].grad).abs().max() / torch.finfo(dtype).eps
+                worst = max(worst, error.item())
+    return worst
+
+
+def test_compile_of_several_layouts_and_dtypes(run):
+    assert max(run(several_in_one_process, 2, timeout=170)) < 100  # units of the dtype's rounding
+
+
 def compiled_one_value(rank, world_size):
     torch._dynamo.reset()
     layer = torch.compile(syncbn.SyncBatchNorm(3), fullgraph=True, backend="aot_eager")
@@ -195,9 +232,6 @@ def test_compiled_global_count_of_one_is_refused(run):
         run(compiled_one_value, 2, timeout=120)
     assert len(caught.value.errors) == 2
     assert all("more than 1 value per channel" in message for _, message in caught.value.errors.values())
-
-
-# --------------------------------------------------------------------------------------------- collectives, memory
 
 
 class Collectives(TorchDispatchMode):
@@ -256,9 +290,6 @@ def saved_bytes(rank, world_size):
 
 def test_backward_keeps_the_input_and_little_else(run):
     assert all(extra <= 64 * 64 for extra in run(saved_bytes, 2))
-
-
-# ------------------------------------------------------------------------------------------------- gradient layouts
 
 
 def expanded_gradients(rank, world_size, whole):
@@ -348,9 +379,6 @@ def layouts(rank, world_size, shape, memory_format):
 )
 def test_memory_format_is_kept(run, shape, memory_format):
     assert run(layouts, 2, shape, memory_format) == [[True, True]] * 2
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("training", [True, False])

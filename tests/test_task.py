@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from syncbn.experiment.batches import World
 from syncbn.experiment.data import ImageData, ImageSet, Splits
-from syncbn.experiment.quiet import ignore_known_warnings
+from syncbn.experiment.known_warnings import ignore_known_warnings
 from syncbn.experiment.task import Classifier, scale_lr, warmup_cosine
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -3,8 +3,8 @@
 ``x`` and ``dy`` have shape ``(N, C, *)``; per-channel tensors have shape ``(C,)`` and are float64. The passes over
 ``x`` run in its own dtype, half types in float32. Sums are taken of ``x - shift``, where ``shift`` is a mean in that
 dtype: the difference of close numbers is exact, and what the rounding left is added per channel in float64. So the
-variance does not depend on how large the mean is. Each primitive allocates one tensor of the size of ``x``: memory
-that is not asked for anew is not paged in anew.
+precision of the variance does not depend on how large the mean is. In the full types each primitive allocates one
+tensor of the size of ``x``: memory that is not asked for anew is not paged in anew.
 """
 
 import torch
@@ -25,7 +25,7 @@ def local_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     dims, count = _reduced_dims(x), x.numel() // x.shape[1]
     some = x[: (x.shape[0] + 7) // 8]
-    shift = some.sum(dims, dtype=_dtype(x)) / max(some.numel() // x.shape[1], 1)
+    shift = some.sum(dims, dtype=_sum_dtype(x)) / max(some.numel() // x.shape[1], 1)
     centred = x - _per_channel(shift, x)
     rest, shift = centred.sum(dims).double(), shift.double()
     sum = torch.add(rest, shift, alpha=count)
@@ -44,8 +44,8 @@ def backward_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[
     Returns:
         ``(C,)`` and ``(C,)``, float64; zeros where ``x`` is empty.
     """
-    dims, shift = _reduced_dims(x), mean.to(_dtype(x))
-    sum_dy = dy.sum(dims, dtype=_dtype(x)).double()
+    dims, shift = _reduced_dims(x), mean.to(_sum_dtype(x))
+    sum_dy = dy.sum(dims, dtype=_sum_dtype(x)).double()
     sum_dy_xmu = (x - _per_channel(shift, x)).mul_(dy).sum(dims).double()
     return sum_dy, torch.addcmul(sum_dy_xmu, shift - mean, sum_dy) * invstd
 
@@ -64,7 +64,7 @@ def input_gradient(
     ``mean_dy`` and ``mean_dy_xhat`` are the sums over all ranks divided by the global count, ``(C,)``.
     """
     scale = invstd if weight is None else invstd * weight
-    dx = _affine(x.to(_dtype(x)), mean, -scale * invstd * mean_dy_xhat, -scale * mean_dy)
+    dx = _affine(x.to(_sum_dtype(x)), mean, -scale * invstd * mean_dy_xhat, -scale * mean_dy)
     return dx.addcmul_(dy, _per_channel(scale, x)).to(x.dtype)
 
 
@@ -74,15 +74,15 @@ def _affine(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     What rounding takes from ``scale`` and ``mean`` is put into the constant, so that the error stays below
     ``3e-7 * mean/std`` in float32.
     """
-    scale = scale.to(_dtype(x))
+    scale = scale.to(_sum_dtype(x))
     constant = torch.addcmul(offset, mean, scale, value=-1)
-    if x.stride(1) == 1:  # channels last, or (N, C): addcmul is vectorized over channels
+    if torch.compiler.is_compiling() or x.stride(1) == 1:  # channels last or (N, C): vectorized over channels
         return torch.addcmul(_per_channel(constant, x), x, _per_channel(scale, x)).to(x.dtype)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     return F.batch_norm(x, zero, one, scale, constant.to(scale.dtype), False, 0.0, 0.0)  # eval: one pass over rows
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def _sum_dtype(x: Tensor) -> torch.dtype:
     return _ACCUMULATE.get(x.dtype, x.dtype)
 
 
@@ -92,4 +92,4 @@ def _reduced_dims(x: Tensor) -> list[int]:
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Shape per-channel values ``(C,)`` as ``(1, C, 1, …)`` in the dtype that the passes over ``x`` use."""
-    return values.to(_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
+    return values.to(_sum_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))

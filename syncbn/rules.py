@@ -12,13 +12,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import norms
 from .batchnorm import SyncBatchNorm, SyncBatchNormAct
 from .collectives import GroupSpec
-from .turning import Original, frozen_to_sync, original_class, original_of, to_other, to_sync, turn_back
+from .swap import Original, frozen_to_sync, original_class, original_of, to_other, to_sync, turn_back
 
 _PLAIN: dict[type, type[SyncBatchNorm]] = dict.fromkeys(
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm), SyncBatchNorm
 )
 _REGISTERED: dict[type, type[SyncBatchNorm]] = {}
 _FUSED = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}  # timm need not be installed
+_STOPPED: tuple[str, dict[str, Any]] = ("bn", {})
 _FROZEN = {"FrozenBatchNorm2d": SyncBatchNorm, "FrozenBatchNormAct2d": SyncBatchNormAct}  # of any package
 
 
@@ -38,6 +39,7 @@ class Step:
     row: PlanRow
     turn: Callable[[], None] | None = None  # None: nothing to do
     is_error: bool = False
+    is_wrapper: bool = False  # an error only if there is anything to convert below
     is_unknown: bool = False
 
 
@@ -75,10 +77,13 @@ def is_family(layer: nn.Module) -> bool:
 def decide(name: str, layer: nn.Module, target: Target) -> Step:
     """Decide what becomes of ``layer``, one of the family."""
     row = PlanRow(name, type(layer).__name__, None, "")
+    cls, original = original_class(layer), original_of(layer)
+    synchronizes = isinstance(layer, SyncBatchNorm) and (original is None or original.norm is None)
+    if synchronizes and target.norm == "syncbn" and target.spec in (None, layer._group_spec):
+        return Step(row._replace(to=row.from_, reason="already"))
     problem = _problem(layer)
     if problem is not None:
         return Step(row._replace(reason=problem), is_error=True)
-    cls = original_class(layer)
     sync_class = _sync_class(cls)
     if sync_class is None:
         reason = (
@@ -87,7 +92,7 @@ def decide(name: str, layer: nn.Module, target: Target) -> Step:
             "with a subclass of syncbn.SyncBatchNorm that does the same."
         )
         return Step(row._replace(reason=reason), is_unknown=True)
-    if cls.__name__ in _FROZEN and not (target.include_frozen and target.norm == "syncbn"):
+    if cls.__name__ in _FROZEN and original is None and not (target.include_frozen and target.norm == "syncbn"):
         reason = "frozen statistics need no synchronization; norm 'syncbn' with include_frozen=True converts it."
         return Step(row._replace(reason=reason))
     by_norm = {"syncbn": _synchronize, "bn": _stop_synchronizing}
@@ -97,12 +102,8 @@ def decide(name: str, layer: nn.Module, target: Target) -> Step:
 def _synchronize(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], target: Target) -> Step:
     original = original_of(layer)
     row = row._replace(to=sync_class.__name__, reason="synchronizes")
-    stopped = original is not None and original.norm is not None
-    if isinstance(layer, SyncBatchNorm) and not stopped:
-        if target.spec in (None, layer._group_spec):
-            return Step(row._replace(reason="already"))
-        if original is not None:
-            return Step(row._replace(reason="another group"), lambda: setattr(layer, "process_group", target.spec))
+    if isinstance(layer, SyncBatchNorm) and original is not None and original.norm is None:
+        return Step(row._replace(reason="another group"), lambda: setattr(layer, "process_group", target.spec))
     written = GroupSpec(layer.__dict__.get("process_group"))  # nn.SyncBatchNorm's
 
     def turn() -> None:
@@ -120,13 +121,13 @@ def _stop_synchronizing(row: PlanRow, layer: nn.Module, sync_class: type[SyncBat
     cls, original = original_class(layer), original_of(layer)
     synchronizes = issubclass(cls, SyncBatchNorm | nn.SyncBatchNorm)
     row = row._replace(to=sync_class.__name__ if synchronizes else cls.__name__)
-    if original.norm == ("bn", {}) if original is not None else not synchronizes:
+    if original.norm == _STOPPED if original is not None else not synchronizes:
         return Step(row._replace(reason="already"))
 
     def turn() -> None:
         turn_back(layer)
         if synchronizes:
-            to_sync(layer, sync_class, GroupSpec(1), ("bn", {}))
+            to_sync(layer, sync_class, GroupSpec(1), _STOPPED)
 
     return Step(row._replace(reason="in groups of one" if synchronizes else "as written"), turn)
 

@@ -168,4 +168,4 @@ def _freeze_again(layer: nn.Module) -> None:
 
 
 def _group_of(spec: GroupSpec) -> Any:
-    return spec.resolve() if isinstance(spec.value, tuple) else spec.value
+    return spec.resolve() if spec.value is None and spec.ranks is not None else spec.value
