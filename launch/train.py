@@ -29,6 +29,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 import syncbn
+from syncbn.collectives import check_size
 from syncbn.experiment import nets, report
 from syncbn.experiment.batches import World
 from syncbn.experiment.data import ImageData
@@ -62,6 +63,8 @@ def build(config: DictConfig, world: World) -> tuple[ImageData, Classifier]:
     if config.norm:  # the callback converts later; what it would refuse is found here
         options = {k: v for k, v in config.norm.items() if k != "_target_"}
         syncbn.convert(copy.deepcopy(task), **options)
+        if isinstance(options.get("process_group"), int):
+            check_size(options["process_group"], world.world_size)
     return data, task
 
 

@@ -21,8 +21,8 @@ def check_in(is_subgroup_layer: Callable[[nn.Module], bool] | None) -> None:
 
     To be called in a layer's training forward: only there is it known which DDP module runs it, and under which names
     it knows the layers. The buffers of subgroup layers leave the copy per step with the first step, whose own copy has
-    been made then: it repeats the one at construction. Nothing is seen of a compiled model, which needs
-    ``forward_sync_buffers=False``.
+    been made then: it repeats the one at construction (and undoes what was set per rank in between). Nothing is seen
+    of a compiled model, which needs ``forward_sync_buffers=False``.
 
     Args:
         is_subgroup_layer: Tells the layers to protect; None if the calling layer is of the world group.

@@ -230,6 +230,8 @@ def test_frozen_batchnorm_is_listed_and_converted_on_request():
     torch.testing.assert_close(model(x), wanted)
     (model.train()(x) ** 2).sum().backward()
     assert model[0].running_mean[0] != 0.5
+    syncbn.convert(model, process_group=1)
+    assert model[0].process_group == 1
     syncbn.revert(model)
     assert type(model[0]) is torchvision().ops.FrozenBatchNorm2d
     assert set(model.state_dict()) == keys
@@ -379,6 +381,15 @@ def test_errors_come_before_anything_is_touched(make, message):
             syncbn.convert(model, norm, **options)
         assert type(model[0]) is nn.BatchNorm2d
     assert any(row.to is None and row.name.startswith("1") for row in syncbn.plan(model))
+
+
+def test_wrapped_models_with_nothing_left_to_convert_are_fine():
+    model = torch.compile(syncbn.convert(nn.Sequential(nn.BatchNorm2d(4))))
+    assert syncbn.convert(model) is model
+    with pytest.raises(ValueError, match="already wrapped"):
+        syncbn.convert(model, "gn", num_groups=2)
+    with pytest.raises(ValueError, match="already wrapped"):
+        syncbn.convert(model, process_group=1)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,20 @@ def test_accumulation_under_no_sync(run):
         torch.testing.assert_close(state, model.state_dict(), rtol=1e-9, atol=1e-10)
 
 
+def join(rank, world_size):
+    model = DistributedDataParallel(syncbn.convert(net()))
+    with model.join():
+        for _ in range(2 + rank):
+            model(batch(rank)).pow(2).sum().backward()
+
+
+def test_join_is_refused_on_every_rank(run):
+    with pytest.raises(AssertionError) as caught:
+        run(join, 2, timeout=20)
+    assert {kind for kind, _ in caught.value.errors.values()} == {"ValueError"}
+    assert all("cannot run under DDP.join()" in message for _, message in caught.value.errors.values())
+
+
 def evaluate_on_rank_0(rank, world_size):
     model = syncbn.convert(net())
     if rank == 0:

@@ -394,9 +394,17 @@ def test_memory_format_is_kept(run, shape, memory_format):
     ],
 )
 def test_bad_input_is_a_value_error(x, message, training):
-    layer = syncbn.SyncBatchNorm(3).train(training)
-    with pytest.raises(ValueError, match=message):
-        layer(x)
+    for options in ({}, {"affine": False}, {"track_running_stats": False}):
+        layer = syncbn.SyncBatchNorm(3, **options).train(training)
+        with pytest.raises(ValueError, match=message):
+            layer(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_are_checked_without_parameters_and_statistics(training):
+    layer = syncbn.SyncBatchNorm(3, affine=False, track_running_stats=False).train(training)
+    with pytest.raises(ValueError, match=r"3 channels.*got 5"):
+        layer(torch.randn(4, 5))
 
 
 def no_eps(rank, world_size):

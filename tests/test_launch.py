@@ -109,6 +109,7 @@ def test_an_error_on_two_ranks_ends_at_once_and_leaves_nothing(tmp_path):
         (["task.lr_rule=cubic"], ValueError, "one of constant, sqrt, linear"),
         (["data.num_test=0"], ValueError, "at least one test image"),
         (["+norm=gn", "norm.num_groups=5"], ValueError, "num_groups"),
+        (["+norm=syncbn", "norm.process_group=0"], ValueError, "process_group: expected None"),
         (["+norm=gn", "norm.norm=layernorm"], ValueError, "unknown norm 'layernorm'"),
     ],
 )
@@ -118,6 +119,14 @@ def test_bad_input_ends_before_training(here, overrides, error, message):
         load_train().main(composed(*sizes, *overrides))
     assert not (here / "outputs").exists()
     assert not torch.distributed.is_initialized()
+
+
+def test_a_group_size_that_does_not_divide_the_ranks(here, monkeypatch):
+    train = load_train()
+    monkeypatch.setattr(train.World, "from_env", lambda: train.World(0, 4, 4, by_torchrun=True))
+    with pytest.raises(ValueError, match=r"divides the world size 4; choose one of \[1, 2, 4\]"):
+        train.main(composed(*SMALL, "+norm=syncbn", "norm.process_group=3"))
+    assert not (here / "outputs").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14

@@ -213,6 +213,38 @@ def test_subgroups_filters_and_layers_of_later_callbacks(run, tmp_path):
     assert not torch.equal(results[0], results[2])
 
 
+def two_arms(rank, world_size, path):
+    clean_environment()
+    module = Project()
+    arms = [NormConverter(exclude=["head.*"]), NormConverter("gn", num_groups=4, include=["head.*"])]
+    trainer(rank, world_size, path, callbacks=arms).fit(module, loader(rank, world_size, 6))
+    return [type(m).__name__ for m in (module.stem[1], module.middle[1], module.head[0])]
+
+
+def test_two_converters_work_in_their_order(run, tmp_path):
+    assert run(two_arms, 2, str(tmp_path)) == [["SyncBatchNorm", "SyncBatchNorm", "GroupNorm"]] * 2
+
+
+def compiles_itself(rank, world_size, path):
+    """A project that converts and compiles in configure_model leaves the callback nothing to do."""
+    clean_environment()
+
+    class Compiled(Project):
+        def configure_model(self):
+            super().configure_model()
+            syncbn.convert(self)
+            self.head.compile(backend="eager")
+
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # torch's, compiling
+    module = Compiled()
+    trainer(rank, world_size, path, callbacks=[NormConverter()]).fit(module, loader(rank, world_size, 6))
+    return type(module.head[0]).__name__
+
+
+def test_a_project_that_converts_and_compiles_itself(run, tmp_path):
+    assert run(compiles_itself, 1, str(tmp_path), initialize=False) == ["SyncBatchNorm"]
+
+
 def two_converters(rank, world_size, path):
     clean_environment()
     both = trainer(rank, world_size, path, callbacks=[NormConverter()], sync_batchnorm=True)
@@ -238,3 +270,6 @@ def test_the_plugin_is_a_layer_sync():
     assert isinstance(plugin, TorchSyncBatchNorm.__mro__[1])
     assert type(plugin.apply(model)[0]) is syncbn.SyncBatchNorm
     assert type(plugin.revert(model)[0]) is nn.BatchNorm1d
+    syncbn.convert(model)
+    plugin.revert(plugin.apply(model))
+    assert type(model[0]) is syncbn.SyncBatchNorm  # the user's own conversion stays
