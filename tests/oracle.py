@@ -128,7 +128,7 @@ def _split(joined, parts):
     ]
 
 
-def compare(results, expected, case, rtol, atol=None):
+def compare(results, expected, case, rtol):
     """Assert that the ranks' ``results`` equal the truth: outputs, input gradients, sums of gradients, statistics.
 
     ``rtol`` is relative to the largest value of the tensor on all ranks: rounding is, too.

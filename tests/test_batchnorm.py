@@ -1,5 +1,7 @@
 """The layer against one process, over the matrix of splits, dtypes, shapes, layouts and options."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import Case, compare, make_case, run_case, truth
@@ -49,9 +51,18 @@ def test_eight_ranks(run):
     check(run, 8, [make_case([(r % 3, 4, 3, 2) for r in range(8)], steps=2)])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_uneven_maps(run, world_size):
-    check(run, world_size, [make_case([(2, 3, 2 + r, 5 - r) for r in range(world_size)], dtype=torch.float32)])
+    shapes = [(r % 3, 3, 2 + r, 5 - r) for r in range(1, world_size + 1)]  # one rank is empty, from three ranks up
+    check(run, world_size, [make_case(shapes, dtype=dtype) for dtype in (torch.float64, torch.float32)])
+
+
+def test_groups_of_one_are_plain_batchnorm(run):
+    whole = make_case([(2, 3, 4), (3, 3, 4)], layer={"process_group": 1})
+    results = run(run_cases, 2, [whole])
+    for rank, result in enumerate(results):
+        alone = replace(whole, xs=[[xs[rank]] for xs in whole.xs], dys=[[dys[rank]] for dys in whole.dys])
+        compare(result, truth(alone), alone, 1e-10)
 
 
 @pytest.mark.parametrize("split", ["even", "uneven", "one empty"])
@@ -70,12 +81,13 @@ def test_uneven_maps(run, world_size):
     ids=str,
 )
 def test_options(run, options, split):
-    cases = [
-        make_case(shapes(split, w, (3, 2)), steps=3, layer=options, dtype=dtype)
-        for w in (2,)
-        for dtype in (torch.float64, torch.float32)
-    ]
-    check(run, 2, cases)
+    for world_size in (2, 3):
+        sizes = shapes(split, world_size, (3, 2))
+        check(
+            run,
+            world_size,
+            [make_case(sizes, steps=3, layer=options, dtype=d) for d in (torch.float64, torch.float32)],
+        )
     check(run, 1, [make_case([(4, 3, 2)], steps=3, layer=options)])
 
 
@@ -125,14 +137,23 @@ def test_one_value_in_the_group_raises_on_every_rank(run, tail):
     assert message.startswith("Expected more than 1 value per channel when training, got ")
 
 
-@pytest.mark.parametrize(("ratio", "y_limit", "var_limit"), [(100, 2e-5, 2e-5), (1e3, 3e-4, 1e-4), (1e4, 3e-3, 1e-4)])
+@pytest.mark.parametrize("layout", [None, "channels_last"])
+@pytest.mark.parametrize(("ratio", "limit", "var_limit"), [(100, 2e-5, 2e-5), (1e3, 3e-4, 1e-4), (1e4, 3e-3, 1e-4)])
 @pytest.mark.parametrize("split", ["even", "uneven", "one empty"])
-def test_large_means(run, ratio, y_limit, var_limit, split):
-    """float32 output within 3e-7 * mean/std, variance within 1e-4, up to mean/std = 1e4."""
-    case = make_case(shapes(split, 2, (16, 16)), dtype=torch.float32, mean=ratio, std=1.0, layer={"momentum": 1.0})
+def test_large_means(run, ratio, limit, var_limit, split, layout):
+    """float32 output and dx within 3e-7 * mean/std, variance within 1e-4, up to mean/std = 1e4."""
+    sizes, options = shapes(split, 2, (16, 16)), {"layer": {"momentum": 1.0}, "layout": layout}
+    case = make_case(sizes, dtype=torch.float32, mean=ratio, std=1.0, **options)
     results, expected = run(run_cases, 2, [case]), truth(case)
-    for rank in range(2):
-        torch.testing.assert_close(results[rank][0]["y"][0].double(), expected["y"][0][rank], rtol=2e-5, atol=y_limit)
-        torch.testing.assert_close(
-            results[rank][0]["running_var"].double(), expected["running_var"], rtol=var_limit, atol=0
-        )
+    for rank, (result,) in enumerate(results):
+        for what in ("y", "dx"):
+            torch.testing.assert_close(result[what][0].double(), expected[what][0][rank], rtol=2e-5, atol=limit)
+        variance = result["running_var"].double()
+        torch.testing.assert_close(variance, expected["running_var"], rtol=var_limit, atol=0)
+
+
+def test_an_outlier_does_not_spoil_the_variance(run):
+    """The shift of the sums is taken from a few samples: one that lies 1e4 standard deviations off is among them."""
+    case = make_case([(64, 3), (40, 3)], dtype=torch.float32, mean=0.0, std=1.0, layer={"momentum": 1.0})
+    case.xs[0][0][0] += 1e4
+    check(run, 2, [case])

@@ -76,7 +76,7 @@ def _affine(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """
     scale = scale.to(_sum_dtype(x))
     constant = torch.addcmul(offset, mean, scale, value=-1)
-    if torch.compiler.is_compiling() or x.stride(1) == 1:  # channels last or (N, C): vectorized over channels
+    if torch.compiler.is_compiling() or (scale.dtype == x.dtype and x.stride(1) == 1):  # vectorized over channels
         return torch.addcmul(_per_channel(constant, x), x, _per_channel(scale, x)).to(x.dtype)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     return F.batch_norm(x, zero, one, scale, constant.to(scale.dtype), False, 0.0, 0.0)  # eval: one pass over rows
