@@ -154,8 +154,11 @@ def _step(names: list[str], layer: nn.Module, target: Target, include: list[str]
     if layer._compiled_call_impl is not None:
         wrapper = "torch.compile"
     if wrapper is not None:
+        step = decide(names[0], layer, target) if is_family(layer) else None
+        if step is not None and step.row.reason == "already":
+            return step
         reason = f"already wrapped by {wrapper}: convert the module before. {_ORDER}"
-        return Step(row._replace(reason=reason), is_error=True, is_wrapper=True)
+        return Step(row._replace(reason=reason), is_error=True, is_wrapper=step is None)
     if not is_family(layer):
         return None
     excluding = next((p for p in exclude for n in names if fnmatchcase(n, p)), None)

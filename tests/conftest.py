@@ -3,6 +3,11 @@ from pathlib import Path
 import pytest
 from ranks import Ranks
 
+OPTIONAL = {
+    "torchvision": "torchvision does not import beside this torch",
+    "timm": "timm is not installed",
+    "lightning": "lightning is not installed",
+}
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()
 
@@ -29,6 +34,21 @@ def ranks(request, tmp_path_factory):
 @pytest.fixture
 def run(ranks):
     return ranks.run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skip a test that meets a package which this environment cannot have."""
+    try:
+        return (yield)
+    except Exception as error:
+        cause = error
+        while cause is not None:
+            package = (getattr(cause, "name", None) or "").split(".")[0]
+            if isinstance(cause, ModuleNotFoundError) and package in OPTIONAL:
+                pytest.skip(OPTIONAL[package])
+            cause = cause.__cause__
+        raise
 
 
 def pytest_collectreport(report):

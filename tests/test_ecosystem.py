@@ -83,8 +83,9 @@ def sharded(rank, world_size, sizes, per_layer):
     fully_shard(model, mesh=mesh)
     train(model, batches(sizes, rank), world_size / sum(sizes))
     assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert syncbn.convert(model) is model  # nothing is left to convert
     with pytest.raises(ValueError, match="convert, then compile, shard or wrap"):
-        syncbn.convert(model)
+        syncbn.convert(model, process_group=1)
     return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
 
 

@@ -88,6 +88,8 @@ def test_the_users_command(tmp_path, num_ranks, norm):
 
 
 def test_an_error_on_two_ranks_ends_at_once_and_leaves_nothing(tmp_path):
+    import torchvision  # noqa: F401  # what reads the folders
+
     done = launch(tmp_path, "+norm=syncbn", "data=imagefolder", num_ranks=2)
     assert done.returncode != 0
     assert "FileNotFoundError: expected folders train and val" in done.stderr
