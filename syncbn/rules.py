@@ -92,7 +92,8 @@ def decide(name: str, layer: nn.Module, target: Target) -> Step:
             "with a subclass of syncbn.SyncBatchNorm that does the same."
         )
         return Step(row._replace(reason=reason), is_unknown=True)
-    if cls.__name__ in _FROZEN and original is None and not (target.include_frozen and target.norm == "syncbn"):
+    is_wanted = target.norm in ("syncbn", "bn") and (original is not None or target.include_frozen)
+    if cls.__name__ in _FROZEN and not is_wanted:
         reason = "frozen statistics need no synchronization; norm 'syncbn' with include_frozen=True converts it."
         return Step(row._replace(reason=reason))
     by_norm = {"syncbn": _synchronize, "bn": _stop_synchronizing}

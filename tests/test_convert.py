@@ -236,6 +236,8 @@ def test_frozen_batchnorm_is_listed_and_converted_on_request():
     assert model[0].running_mean[0] != 0.5
     syncbn.convert(model, process_group=1)
     assert model[0].process_group == 1
+    syncbn.convert(model, "gn", num_groups=3)
+    assert [type(m) for m in model] == [SyncBatchNorm, nn.GroupNorm]
     syncbn.revert(model)
     assert type(model[0]) is torchvision().ops.FrozenBatchNorm2d
     assert set(model.state_dict()) == keys
