@@ -132,7 +132,7 @@ def join(rank, world_size):
 
 
 def test_join_is_refused_on_every_rank(run):
-    run(join, 2, timeout=20)
+    run(join, 2, timeout=40)
 
 
 def evaluate_on_rank_0(rank, world_size):
@@ -143,4 +143,4 @@ def evaluate_on_rank_0(rank, world_size):
 
 
 def test_eval_on_one_rank_does_not_hang(run):
-    run(evaluate_on_rank_0, 2, timeout=20)
+    run(evaluate_on_rank_0, 2, timeout=40)
