@@ -47,10 +47,10 @@ def unpack(packed: Tensor, eps: float) -> Moments:
         eps: Added to the variance under the root.
     """
     num_features = packed.numel() // 2
-    count = packed[-1:]
-    mean, sqmean = (packed[:-1] / count.clamp(min=1)).view(2, num_features)
-    var = torch.addcmul(sqmean, mean, mean, value=-1).clamp(min=0)
-    return Moments(count, mean, var, torch.rsqrt(var + eps))
+    sums, count = packed.split((2 * num_features, 1))
+    mean, sqmean = (sums / count.clamp(min=1)).split(num_features)
+    var = torch.addcmul(sqmean, mean, mean, value=-1).clamp_(min=0)
+    return Moments(count, mean, var, (var + eps).rsqrt_())
 
 
 def update_running_statistics(
@@ -68,7 +68,7 @@ def update_running_statistics(
         momentum: A number, or a tensor of one element (the cumulative average's ``1 / num_batches_tracked``).
     """
     count = moments.count
-    factor = (count > 0).double() * momentum  # (1,)
-    unbiased = moments.var * (count / (count - 1).clamp(min=1))
+    factor = count.clamp(max=1) * momentum  # (1,), 0 where there is no value
+    unbiased = moments.var * (count / (count - 1).clamp_(min=1))
     for running, batch in ((running_mean, moments.mean), (running_var, unbiased)):
         running.copy_(torch.lerp(running.double(), batch, factor))
