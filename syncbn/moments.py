@@ -46,9 +46,8 @@ def unpack(packed: Tensor, eps: float) -> Moments:
         packed: ``[sum, sqsum, count]``, ``(2C + 1,)``, float64.
         eps: Added to the variance under the root.
     """
-    num_features = packed.numel() // 2
-    sums, count = packed.split((2 * num_features, 1))
-    mean, sqmean = (sums / count.clamp(min=1)).split(num_features)
+    sums, count = packed[:-1], packed[-1:]
+    mean, sqmean = (sums / count.clamp(min=1)).chunk(2)
     var = torch.addcmul(sqmean, mean, mean, value=-1).clamp_(min=0)
     return Moments(count, mean, var, (var + eps).rsqrt_())
 
