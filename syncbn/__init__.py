@@ -1,4 +1,4 @@
-"""Synchronize BatchNorm over processes: any device, any split of the batch, one answer."""
+"""Synchronize BatchNorm over processes: any split of the batch, one answer."""
 
 from . import functional
 from .batchnorm import SyncBatchNorm

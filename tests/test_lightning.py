@@ -8,15 +8,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-import syncbn
-
-pytest.importorskip("lightning", reason="lightning is not installed")
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
+import syncbn
 from syncbn.lightning import NormConverter, SyncBatchNormLayerSync
 
 SIZE = 24
