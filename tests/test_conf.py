@@ -107,3 +107,14 @@ def test_an_unknown_choice_is_refused_with_the_choices(override):
 def test_a_plain_norm_gets_hydras_hint():
     with pytest.raises(ConfigCompositionException, match=r"use \+norm=gn"):
         composed("norm=gn")
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_on_photos"])
+def test_mean_and_std_are_those_of_the_training_images(name, tmp_path):
+    config = OmegaConf.load(CONF / "data" / f"{name}.yaml")
+    if name == "digits_on_photos":
+        config.cache_dir, config.num_train = str(tmp_path), 1500
+    splits = instantiate(config).make_splits()
+    images = splits.train.images.double() / 255
+    for measured, stated in ((images.mean((0, 2, 3)), config.mean), (images.std((0, 2, 3)), config.std)):
+        assert measured.tolist() == pytest.approx(list(stated), abs=0.02)
