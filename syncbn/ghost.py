@@ -1,0 +1,249 @@
+"""Ghost batch normalization: every part of the batch by its own statistics, as the ranks of a plain BatchNorm do."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional
+
+_aten = torch.ops.aten
+# Below so many values per split, a call per split costs more than gathering the splits as channels (CPU, measured).
+_MIN_SPLIT = 16_384
+
+
+class GhostBatchNorm(_BatchNorm):
+    """Normalize ``num_splits`` equal consecutive parts of the batch, each with its own statistics.
+
+    In training ``y = (x - mean_s) / sqrt(var_s + eps) * weight + bias``, with mean and biased variance per channel of
+    split s: what ``num_splits`` ranks with plain BatchNorm compute on the joined batch. The running statistics move
+    by ``momentum`` towards the mean over the splits of their means and unbiased variances: the average of what the
+    ranks would hold. Eval mode is plain ``F.batch_norm`` (without running statistics, by splits too).
+
+    Shapes: input and output ``(N, C, *)`` of two or more dimensions, N a multiple of ``num_splits``; it communicates
+    nothing.
+
+    Args:
+        num_features: Channels C of the input.
+        num_splits: Parts of the batch.
+        eps: Added to the variance under the root.
+        momentum: Part of the batch in the new running statistics; None for the cumulative average.
+        affine: Whether the layer learns ``weight`` and ``bias``.
+        track_running_stats: Whether to keep running statistics.
+        device: Device of parameters and buffers.
+        dtype: Dtype of parameters and buffers.
+        bias: Whether an affine layer has a ``bias``.
+        track_per_split: Whether to keep also what each rank would hold: the buffers ``split_running_mean`` and
+            ``split_running_var``, ``(num_splits, C)``. Else the state_dict is nn.BatchNorm's.
+
+    Raises:
+        ValueError: If ``num_splits`` is below 1; in forward, if it does not divide the batch, or for one value per
+            channel in each split.
+
+    Source: Hoffer, Hubara & Soudry 2017, algorithm 1 (there the splits move the running statistics in turn).
+
+    Example:
+        >>> import torch, syncbn
+        >>> x = torch.randn(8, 3, 4, 4)
+        >>> y = syncbn.GhostBatchNorm(3, num_splits=2)(x)
+        >>> torch.allclose(y[4:], torch.nn.BatchNorm2d(3)(x[4:]), atol=1e-5)
+        True
+    """
+
+    split_running_mean: Tensor
+    split_running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_splits: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        track_per_split: bool = False,
+    ) -> None:
+        if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 1:
+            raise ValueError(f"num_splits: expected a whole number of at least 1, got {num_splits!r}.")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.num_splits, self.track_per_split = num_splits, track_per_split and track_running_stats
+        if self.track_per_split:
+            for name, start in (("split_running_mean", self.running_mean), ("split_running_var", self.running_var)):
+                assert start is not None
+                self.register_buffer(name, start.repeat(num_splits, 1))
+
+    def reset_running_stats(self) -> None:
+        """Reset the running statistics, those per split too."""
+        super().reset_running_stats()
+        if "split_running_mean" in self._buffers:
+            self.split_running_mean.zero_()
+            self.split_running_var.fill_(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``; see the class."""
+        parameter = self.running_mean if self.weight is None else self.weight
+        functional.check_input(input, self.num_features, parameter)
+        if not self.training and self.running_mean is not None:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        tracks = self.training and self.track_running_stats and input.numel() > 0
+        mean = var = None
+        num_splits = self._splits_of(input)
+        if tracks:
+            assert self.running_mean is not None
+            mean, var = self.running_mean.new_zeros(2, num_splits, self.num_features)
+        y = ghost_batch_norm(input, num_splits, self.weight, self.bias, self.eps, mean, var)
+        if mean is not None and var is not None:
+            with torch.no_grad():
+                self._track(mean, var)
+        return y
+
+    def _splits_of(self, x: Tensor) -> int:
+        if len(x) % self.num_splits:
+            raise ValueError(
+                f"expected a batch that {self.num_splits} splits divide, got {len(x)} of {tuple(x.shape)}."
+            )
+        if x.numel() == self.num_splits * x.shape[1]:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got 1 in each of {self.num_splits} splits of "
+                f"{tuple(x.shape)}. Use a larger batch, fewer splits or eval mode."
+            )
+        return self.num_splits
+
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics towards those of the splits, ``(num_splits, C)`` each."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            assert running is not None
+            running.lerp_(batch.mean(0), factor)
+        if self.track_per_split:
+            self.split_running_mean.lerp_(mean, factor)
+            self.split_running_var.lerp_(var, factor)
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments."""
+        return f"{super().extra_repr()}, num_splits={self.num_splits}"  # type: ignore[no-untyped-call]
+
+
+def ghost_batch_norm(
+    x: Tensor,
+    num_splits: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+) -> Tensor:
+    """Normalize each of ``num_splits`` consecutive parts of ``x`` by its own statistics.
+
+    Args:
+        x: ``(N, C, *)``; ``num_splits`` divides N.
+        num_splits: Parts of the batch.
+        weight: ``(C,)`` or None for 1.
+        bias: ``(C,)`` or None for 0.
+        eps: Added to the variance under the root.
+        mean: ``(num_splits, C)``, finite, to write the means to, or None.
+        var: ``(num_splits, C)``, finite, to write the unbiased variances to, or None.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``x``.
+    """
+    parameters = [tensor for tensor in (weight, bias, mean) if tensor is not None]
+    is_large = x.device.type == "cpu" and x.numel() >= max(1, _MIN_SPLIT * num_splits)
+    same = x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
+    if is_large and same and _is_dense(x) and not torch.compiler.is_compiling():
+        y, batch_mean, batch_var = _BySlices.apply(x, num_splits, weight, bias, eps)
+        if mean is not None and var is not None:
+            mean.copy_(batch_mean)
+            var.copy_(batch_var)
+        return y  # type: ignore[no-any-return]
+    return _as_channels(x, num_splits, weight, bias, eps, mean, var)
+
+
+def _as_channels(
+    x: Tensor,
+    num_splits: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> Tensor:
+    """Gather the splits as channels, ``(N / S, S * C, *)``, for one call of F.batch_norm; autograd sees all of it."""
+    num, rows = num_splits, x.shape[0] // num_splits
+    weight, bias = (None if p is None else p.repeat(num) for p in (weight, bias))
+    # momentum 1: the "running" statistics become those of the batch
+    running_mean, running_var = (None if s is None else s.view(-1) for s in (mean, var))
+    if _is_channels_last(x):
+        *positions, channels = x.movedim(1, -1).shape[1:]
+        parts = x.movedim(1, -1).reshape(num, rows, *positions, channels).movedim(0, -2)  # (N / S, *, S, C)
+        joined = parts.reshape(rows, *positions, num * channels).movedim(-1, 1)
+        y = F.batch_norm(joined, running_mean, running_var, weight, bias, True, 1.0, eps)
+        return (
+            y.movedim(1, -1).reshape(parts.shape).movedim(-2, 0).reshape(len(x), *positions, channels).movedim(-1, 1)
+        )
+    parts = x.reshape(num, rows, *x.shape[1:]).transpose(0, 1)  # (N / S, S, C, *)
+    joined = parts.reshape(rows, num * x.shape[1], *x.shape[2:])
+    y = F.batch_norm(joined, running_mean, running_var, weight, bias, True, 1.0, eps)
+    return y.reshape(parts.shape).transpose(0, 1).reshape(x.shape)
+
+
+class _BySlices(torch.autograd.Function):
+    """A native call per split that reads and writes in place: no copy of the batch. Returns y, means, variances."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, num_splits: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.empty_like(x)
+        saved_mean, saved_invstd, mean, var = x.new_zeros(4, num_splits, x.shape[1])
+        chunks = x.chunk(num_splits), y.chunk(num_splits)
+        for x_s, y_s, *out, mean_s, var_s in zip(*chunks, saved_mean, saved_invstd, mean, var, strict=True):
+            named = dict(zip(("out", "save_mean", "save_invstd"), (y_s, *out), strict=True))
+            _aten.native_batch_norm.out(x_s, weight, bias, mean_s, var_s, True, 1.0, eps, **named)
+        ctx.save_for_backward(x, weight, bias, saved_mean, saved_invstd)
+        ctx.num_splits, ctx.eps = num_splits, eps
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, invstd = ctx.saved_tensors
+        if dy is None:
+            return None, None, None, None, None
+        if torch.is_grad_enabled():  # create_graph: let autograd see plain operators
+            inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+            y = _as_channels(x, ctx.num_splits, weight, bias, ctx.eps, None, None)
+            grads = dict(zip(map(id, inputs), torch.autograd.grad(y, inputs, dy, create_graph=True), strict=True))
+            return grads.get(id(x)), None, grads.get(id(weight)), grads.get(id(bias)), None
+        dx = torch.empty_like(x)
+        dy = dy.contiguous(memory_format=_memory_format(x))
+        sums = x.new_empty(2, ctx.num_splits, x.shape[1])  # of dy * xhat and dy
+        chunks = (t.chunk(ctx.num_splits) for t in (x, dy, dx))
+        for x_s, dy_s, dx_s, mean_s, invstd_s, dweight_s, dbias_s in zip(*chunks, mean, invstd, *sums, strict=True):
+            saved = (weight, None, None, mean_s, invstd_s, True, ctx.eps, [True, True, True])
+            _aten.native_batch_norm_backward.out(dy_s, x_s, *saved, out0=dx_s, out1=dweight_s, out2=dbias_s)
+        dweight, dbias = sums.sum(1)
+        return dx, None, None if weight is None else dweight, None if bias is None else dbias, None
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and _memory_format(x) is not torch.contiguous_format
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    by_dims = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = by_dims.get(x.dim())
+    return last if last is not None and x.is_contiguous(memory_format=last) else torch.contiguous_format
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=_memory_format(x))
