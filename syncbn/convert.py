@@ -13,6 +13,7 @@ from torch import nn
 from . import norms
 from .batchnorm import SyncBatchNorm
 from .collectives import GroupSpec, ProcessGroupLike, make_groups
+from .norms import Norm
 from .rules import PlanRow, Step, Target, decide, is_family
 from .swap import original_of, to_batchnorm, turn_back
 
@@ -27,7 +28,7 @@ _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 
 def convert(
     module: M,
-    norm: str = "syncbn",
+    norm: Norm = "syncbn",
     *,
     process_group: ProcessGroupLike = None,
     include: Iterable[str] = (),
@@ -42,25 +43,37 @@ def convert(
 
     Args:
         module: A model, or a bare layer.
-        norm: "syncbn" to synchronize, "bn" to stop synchronizing, or a norm of ``syncbn.norms.REGISTRY`` ("gn").
+        norm: "syncbn" to synchronize, "bn" to stop synchronizing; "gn", "ln" or "in" for group, layer or instance
+            normalization; "frozen" for the statistics the layer has, never moving; "none" for weight and bias alone;
+            or a norm of your own: a class or function, called as ``norm(num_features, **norm_kwargs)``, that makes
+            an nn.Module. Parameters and buffers of one name and shape in both stay the layer's; eps is its own.
         process_group: Ranks that share statistics, as in SyncBatchNorm; None keeps what a layer has.
         include: Patterns (as in fnmatch) of layer names to convert; all, if empty.
         exclude: Patterns of layer names to leave alone.
         include_frozen: Whether FrozenBatchNorm2d layers are converted too; their weight and bias become parameters.
-        **norm_kwargs: The norm's own words, such as ``num_groups`` of "gn".
+        **norm_kwargs: The norm's own words, such as ``num_groups`` of "gn" (32).
 
     Returns:
         ``module`` itself.
 
     Raises:
         ValueError: Before anything is touched: an unknown norm, unusable ``norm_kwargs`` or ``process_group``; a lazy
-            or parametrized layer; a model already wrapped, sharded or compiled, unless nothing is left to convert.
+            or parametrized layer; "frozen" for a layer without running statistics; what your own norm raises (also a
+            TypeError); a model already wrapped, sharded or compiled, unless nothing is left to convert.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> model = convert(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), partial(torch.nn.GroupNorm, 2))
+        >>> type(model[0]).__name__, type(revert(model)[0]).__name__
+        ('GroupNorm', 'BatchNorm2d')
     """
     steps = _steps(module, norm, process_group, include, exclude, include_frozen, norm_kwargs)
+    name = norms.name_of(norm)
     if any(step.turn or (step.is_error and not step.is_wrapper) for step in steps):  # else nothing is left to do
         errors = [f"  {step.row.name or '(the module itself)'}: {step.row.reason}" for step in steps if step.is_error]
         if errors:
-            raise ValueError("\n".join([f"syncbn.convert: nothing was converted to {norm!r}.", *errors]))
+            raise ValueError("\n".join([f"syncbn.convert: nothing was converted to {name!r}.", *errors]))
     if process_group is not None:
         make_groups([GroupSpec(process_group)])
     for step in steps:
@@ -70,7 +83,7 @@ def convert(
             step.turn()
     if norm != "bn" and not any(step.row.to for step in steps):
         warnings.warn(
-            f"syncbn.convert found no layer to convert to {norm!r}; syncbn.plan(model) lists why.",
+            f"syncbn.convert found no layer to convert to {name!r}; syncbn.plan(model) lists why.",
             stacklevel=2,
         )
     make_groups(layer._group_spec for layer in module.modules() if isinstance(layer, SyncBatchNorm))
@@ -79,7 +92,7 @@ def convert(
 
 def plan(
     module: nn.Module,
-    norm: str = "syncbn",
+    norm: Norm = "syncbn",
     *,
     process_group: ProcessGroupLike = None,
     include: Iterable[str] = (),
@@ -124,7 +137,7 @@ def revert(module: M, *, as_batchnorm: bool = False) -> M:
 
 def _steps(
     module: nn.Module,
-    norm: str,
+    norm: Norm,
     process_group: ProcessGroupLike,
     include: Iterable[str],
     exclude: Iterable[str],
@@ -133,7 +146,7 @@ def _steps(
 ) -> list[Step]:
     norms.check(norm, norm_kwargs)
     if norm != "syncbn" and process_group is not None:
-        raise ValueError(f"process_group belongs to norm 'syncbn', not to {norm!r}.")
+        raise ValueError(f"process_group belongs to norm 'syncbn', not to {norms.name_of(norm)!r}.")
     target = Target(norm, None if process_group is None else GroupSpec(process_group), include_frozen, norm_kwargs)
     filters = _patterns("include", include), _patterns("exclude", exclude)
     return [step for names, layer in _walk(module) if (step := _step(names, layer, target, *filters)) is not None]

@@ -12,14 +12,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import norms
 from .batchnorm import SyncBatchNorm, SyncBatchNormAct
 from .collectives import GroupSpec
-from .swap import Original, frozen_to_sync, original_class, original_of, to_other, to_sync, turn_back
+from .swap import Original, as_written, frozen_to_sync, original_class, original_of, to_other, to_sync, turn_back
 
 _PLAIN: dict[type, type[SyncBatchNorm]] = dict.fromkeys(
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm), SyncBatchNorm
 )
 _REGISTERED: dict[type, type[SyncBatchNorm]] = {}
 _FUSED = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}  # timm need not be installed
-_STOPPED: tuple[str, dict[str, Any]] = ("bn", {})
+_STOPPED = norms.key("bn", {})
 _FROZEN = {"FrozenBatchNorm2d": SyncBatchNorm, "FrozenBatchNormAct2d": SyncBatchNormAct}  # of any package
 
 
@@ -47,7 +47,7 @@ class Step:
 class Target:
     """What layers shall become: `convert`'s arguments but for the filters."""
 
-    norm: str
+    norm: norms.Norm
     spec: GroupSpec | None = None
     include_frozen: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -96,8 +96,9 @@ def decide(name: str, layer: nn.Module, target: Target) -> Step:
     if cls.__name__ in _FROZEN and not is_wanted:
         reason = "frozen statistics need no synchronization; norm 'syncbn' with include_frozen=True converts it."
         return Step(row._replace(reason=reason))
-    by_norm = {"syncbn": _synchronize, "bn": _stop_synchronizing}
-    return by_norm.get(target.norm, _replace)(row, layer, sync_class, target)
+    if target.norm == "syncbn":
+        return _synchronize(row, layer, sync_class, target)
+    return (_stop_synchronizing if target.norm == "bn" else _replace)(row, layer, sync_class, target)
 
 
 def _synchronize(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], target: Target) -> Step:
@@ -138,16 +139,17 @@ def _replace(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], ta
     if sync_class not in (SyncBatchNorm, SyncBatchNormAct):
         reason = f"{cls.__name__} does more than normalize; only its synchronized class is registered."
         return Step(row._replace(reason=reason), is_unknown=True)
-    if original is not None and original.norm == (target.norm, target.options):
+    key = norms.key(target.norm, target.options)
+    if original is not None and original.norm == key:
         return Step(row._replace(to=row.from_, reason="already"))
     try:
-        new = norms.make(target.norm, layer, target.options)
-    except ValueError as error:
-        return Step(row._replace(reason=str(error)), is_error=True)
+        new = norms.make(target.norm, as_written(layer), target.options)
+    except (ValueError, TypeError) as error:
+        return Step(row._replace(reason=str(error) or repr(error)), is_error=True)
 
     def turn() -> None:
         turn_back(layer)
-        to_other(layer, new, (target.norm, target.options), activate=sync_class is SyncBatchNormAct)
+        to_other(layer, new, key, activate=sync_class is SyncBatchNormAct)
 
     return Step(row._replace(to=type(new).__name__, reason="replaced"), turn)
 

@@ -5,6 +5,7 @@ aliases, the training flag and the user's own attributes need no copying, and th
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from .batchnorm import SyncBatchNorm
 from .collectives import GroupSpec
 
-_MODULE_STATE = frozenset(nn.Module().__dict__)
+_MODULE_STATE = frozenset(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
+_MEMBERS = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass
@@ -22,11 +24,11 @@ class Original:
 
     cls: type[nn.Module]
     turned_into: type[nn.Module]
-    norm: tuple[str, dict[str, Any]] | None = None  # its name and words; None for "syncbn"
+    norm: tuple[Any, ...] | None = None  # the norm and its words (norms.key); None for "syncbn"
     attributes: dict[str, Any] = field(default_factory=dict)  # taken away or overwritten
     added: list[str] = field(default_factory=list)  # attributes it did not have
     members: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameters, buffers, modules, if exchanged
-    dtype: torch.dtype | None = None  # of the weight, then
+    dtype: torch.dtype | None = None  # of what it was turned into, then
 
 
 def original_of(layer: nn.Module) -> Original | None:
@@ -44,7 +46,7 @@ def to_sync(
     layer: nn.Module,
     sync_class: type[SyncBatchNorm],
     spec: GroupSpec,
-    norm: tuple[str, dict[str, Any]] | None = None,
+    norm: tuple[Any, ...] | None = None,
 ) -> None:
     """Turn a layer of the BatchNorm family into ``sync_class``; its parameters and buffers stay as they are."""
     original = Original(type(layer), sync_class, norm)
@@ -71,32 +73,48 @@ def frozen_to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: Grou
     layer.register_buffer("num_batches_tracked", torch.tensor(0, device=mean.device))
 
 
-def to_other(layer: nn.Module, new: nn.Module, norm: tuple[str, dict[str, Any]], activate: bool = False) -> None:
-    """Turn ``layer`` into what ``new`` is, keeping the parameter objects of the names that both have.
+def to_other(layer: nn.Module, new: nn.Module, norm: tuple[Any, ...], activate: bool = False) -> None:
+    """Turn ``layer`` into what ``new`` is, keeping what both have.
+
+    Parameters and buffers of one name and shape, and modules of one name, stay the layer's own objects.
 
     Args:
         layer: A layer of the BatchNorm family.
-        new: A fresh module whose class, attributes and buffers ``layer`` gets.
-        norm: Its name and words, kept so that converting again to the same changes nothing.
-        activate: Whether ``layer`` drops and activates after normalizing, as timm's fused layers do: kept as a hook.
+        new: A fresh module whose class, attributes, parameters, buffers and modules ``layer`` gets.
+        norm: The norm and its words, kept so that converting again to the same changes nothing.
+        activate: Whether ``layer`` drops and activates after normalizing, as timm's fused layers do: kept as a hook,
+            unless ``new`` activates too.
     """
     attributes = _attributes(new)
+    members = {kind: dict(new.__dict__[kind]) for kind in _MEMBERS}
+    names = attributes.keys() | {name for kind in members.values() for name in kind}
     original = Original(
         type(layer),
         type(new),
         norm,
-        {name: layer.__dict__[name] for name in attributes if name in layer.__dict__},
+        {name: layer.__dict__[name] for name in names if name in layer.__dict__},
         [name for name in attributes if name not in layer.__dict__],
-        {kind: dict(layer.__dict__[kind]) for kind in ("_parameters", "_buffers", "_modules")},
-        getattr(layer.weight, "dtype", None),
+        {kind: dict(layer.__dict__[kind]) for kind in _MEMBERS},
     )
-    parameters = {name: _either(layer._parameters.get(name), p) for name, p in new._parameters.items()}
+    for name in original.attributes:
+        del layer.__dict__[name]  # an attribute would hide a parameter of its name
     _set_class(layer, original)
     layer.__dict__.update(attributes)
-    layer.__dict__.update(_parameters=parameters, _buffers=dict(new._buffers))
-    layer._modules.update(new._modules)
-    if activate:
+    for kind in ("_parameters", "_buffers"):
+        mine = original.members[kind]
+        layer.__dict__[kind] = {name: _either(mine.get(name), value) for name, value in members[kind].items()}
+    layer._modules.update({name: value for name, value in members["_modules"].items() if name not in layer._modules})
+    original.dtype = getattr(_anchor(layer), "dtype", None)
+    if activate and "act" not in members["_modules"]:
         layer.register_forward_hook(_activate, prepend=True)
+
+
+def as_written(layer: nn.Module) -> nn.Module:
+    """Return a stand-in for ``layer`` as the user wrote it, with its tensors; ``layer`` itself is not touched."""
+    twin = object.__new__(type(layer))
+    twin.__dict__.update(layer.__dict__, _forward_hooks=layer._forward_hooks.copy())
+    turn_back(twin)
+    return twin
 
 
 def turn_back(layer: nn.Module) -> None:
@@ -112,7 +130,8 @@ def turn_back(layer: nn.Module) -> None:
     for name in ["_syncbn_original", *original.added]:
         layer.__dict__.pop(name, None)
     for name, value in original.attributes.items():
-        layer.__dict__[name] = _group_of(value) if name == "process_group" else value
+        is_spec = name == "process_group" and isinstance(value, GroupSpec)
+        layer.__dict__[name] = _group_of(value) if is_spec else value
     if original.members:
         _restore_members(layer, original)
     elif original.cls.__name__.startswith("FrozenBatchNorm"):
@@ -133,7 +152,7 @@ def _set_class(layer: nn.Module, original: Original) -> None:
 
 def _activate(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
     """Do what a fused layer does after normalizing; a forward hook of what takes its place."""
-    y: Tensor = layer.act(layer.drop(output))  # type: ignore[operator]
+    y: Tensor = layer._modules["act"](layer._modules["drop"](output))  # type: ignore[misc]
     return y
 
 
@@ -142,21 +161,30 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _either(mine: Any, other: Any) -> Any:
-    return other if mine is None or other is None else mine
+    return other if mine is None or other is None or mine.shape != other.shape else mine
+
+
+def _anchor(layer: nn.Module) -> Tensor | None:
+    """Return a tensor that shows where the layer is."""
+    return next((t for t in chain(layer.parameters(), layer.buffers()) if t.is_floating_point()), None)
 
 
 def _restore_members(layer: nn.Module, original: Original) -> None:
-    """Put the old parameters, buffers and modules back; the buffers move to where the weight is by now."""
-    now = layer._parameters
-    parameters = {name: _either(now.get(name), p) for name, p in original.members["_parameters"].items()}
-    weight, buffers = parameters.get("weight"), original.members["_buffers"]
-    if weight is not None:
-        cast = weight.dtype if weight.dtype != original.dtype else None
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                buffers[name] = buffer.to(weight.device, cast if buffer.is_floating_point() else None)
-    modules = {name: layer._modules[name] for name in original.members["_modules"]}
-    layer.__dict__.update(_parameters=parameters, _buffers=buffers, _modules=modules)
+    """Put the old parameters, buffers and modules back; what only the old layer had moves to where the new one is."""
+    anchor = _anchor(layer)
+    cast = anchor.dtype if anchor is not None and anchor.dtype != original.dtype else None
+    for kind in ("_parameters", "_buffers"):
+        now = layer.__dict__[kind]
+        old = {name: _moved(value, anchor, cast) for name, value in original.members[kind].items()}
+        layer.__dict__[kind] = {name: _either(now.get(name), value) for name, value in old.items()}
+    layer.__dict__["_modules"] = {name: layer._modules[name] for name in original.members["_modules"]}
+
+
+def _moved(old: Tensor | None, anchor: Tensor | None, cast: torch.dtype | None) -> Tensor | None:
+    if old is None or anchor is None:
+        return old
+    new = old.to(anchor.device, cast if old.is_floating_point() else None)
+    return nn.Parameter(new, old.requires_grad) if new is not old and isinstance(old, nn.Parameter) else new
 
 
 def _freeze_again(layer: nn.Module) -> None:

@@ -1,31 +1,81 @@
 """The other arms: normalizations that can take a BatchNorm's place, one file each, and their registry.
 
-Each entry is a function from the BatchNorm layer and the norm's own keywords to the module that replaces it.
+Each entry is a function from the BatchNorm layer and the norm's own keywords to the module that replaces it. A norm
+without a name is the user's own: a function of ``num_features`` and keywords.
 """
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
+from .frozen import FrozenStatistics
 from .groupnorm import groupnorm
+from .instancenorm import instancenorm
+from .layernorm import layernorm
+from .none import ChannelAffine
 
-REGISTRY: dict[str, Callable[..., nn.Module]] = {"gn": groupnorm}
+Norm = str | Callable[..., nn.Module]
 
-__all__ = ["REGISTRY", "groupnorm"]
+REGISTRY: dict[str, Callable[..., nn.Module]] = {
+    "gn": groupnorm,
+    "ln": layernorm,
+    "in": instancenorm,
+    "frozen": FrozenStatistics,
+    "none": ChannelAffine,
+}
+
+__all__ = ["REGISTRY", "ChannelAffine", "FrozenStatistics", "groupnorm", "instancenorm", "layernorm"]
 
 
-def check(norm: str, options: dict[str, Any]) -> None:
+def check(norm: Norm, options: dict[str, Any]) -> None:
     """Raise a ValueError for a norm that does not exist, listing those that do, or for words it does not take."""
-    if norm not in {"bn", "syncbn", *REGISTRY}:
-        raise ValueError(f"unknown norm {norm!r}: expected one of {', '.join(['bn', 'syncbn', *sorted(REGISTRY)])}.")
+    if callable(norm) and not isinstance(norm, nn.Module):
+        return
+    if not isinstance(norm, str) or norm not in {"bn", "syncbn", *REGISTRY}:
+        raise ValueError(
+            f"unknown norm {norm!r}: expected one of {', '.join(['bn', 'syncbn', *REGISTRY])}, or a class or function "
+            "that makes a module from num_features."
+        )
     words = list(signature(REGISTRY[norm]).parameters)[1:] if norm in REGISTRY else []
     unknown = [word for word in options if word not in words]
     if unknown:
         raise ValueError(f"norm {norm!r} takes {', '.join(words) or 'no words'}, not {', '.join(unknown)}.")
 
 
-def make(norm: str, layer: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Make the module of the registered ``norm`` that takes the place of ``layer``."""
-    return REGISTRY[norm](layer, **options)
+def make(norm: Norm, layer: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """Make the module of ``norm`` that takes the place of ``layer``, a BatchNorm, on its device and in its dtype.
+
+    Raises:
+        ValueError: If the user's norm gives something that cannot be put into the layer's place.
+    """
+    if isinstance(norm, str):
+        return REGISTRY[norm](layer, **options)
+    new = norm(layer.num_features, **options)
+    if not isinstance(new, nn.Module):
+        raise ValueError(f"{name_of(norm)} made a {type(new).__name__}, expected an nn.Module")
+    hooks = [value for name, value in vars(new).items() if name.endswith("_hooks") and value]
+    if hooks or is_parametrized(new) or isinstance(new, LazyModuleMixin):
+        raise ValueError(f"{name_of(norm)} made a module that is lazy, parametrized or has hooks, which would be lost")
+    if layer._modules and isinstance(new, nn.Sequential):
+        raise ValueError(f"{name_of(norm)} made a Sequential, which would run the layer's drop and act; write a class")
+    like = layer.running_mean if layer.weight is None else layer.weight
+    new.train(layer.training)
+    return new.to(like.device, like.dtype) if isinstance(like, Tensor) else new
+
+
+def key(norm: Norm, options: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells conversions apart: the norm and its words, also where a partial holds them."""
+    if isinstance(norm, partial):
+        return norm.func, norm.args, {**norm.keywords, **options}
+    return norm, (), options
+
+
+def name_of(norm: Norm) -> str:
+    """Return the name to print."""
+    norm = norm.func if isinstance(norm, partial) else norm
+    return norm if isinstance(norm, str) else getattr(norm, "__name__", type(norm).__name__)
