@@ -1,4 +1,4 @@
-"""Convert the model of a Lightning project: one callback, or Lightning's own plugin for what sync_batchnorm=True does.
+"""Convert the model of a Lightning project, by a callback or Lightning's own plugin; give it precise statistics.
 
 The callback converts at the one right moment: after ``configure_model`` has built the last layers, and before the
 checkpoint is restored, the strategy wraps and the optimizers are made. Lightning's layer-sync hook, which the plugin
@@ -6,16 +6,23 @@ uses, comes after the restore and only in DDP and FSDP fits: early enough for Sy
 BatchNorm's, too late for norms with other keys.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .collectives import ProcessGroupLike
 from .convert import convert, plan, revert
+from .norms import Norm
+from .precise import run_first, update_bn_stats
 from .swap import original_of
 
 
@@ -24,7 +31,8 @@ class NormConverter(Callback):
 
     Layers built in ``__init__``, ``setup`` and ``configure_model`` are all found. The model stays converted after the
     stage; `syncbn.revert` gives the original back. Several converters work in their order. Collectives: those of
-    `syncbn.convert`, where the process group exists, as in DDP.
+    `syncbn.convert`, where the process group exists, as in DDP. In Hydra a norm of your own is
+    ``norm: {_target_: mypackage.MyNorm, _partial_: true}``.
 
     Raises:
         ValueError: At construction for an unknown norm or unusable arguments; in setup, if ``Trainer`` has
@@ -38,7 +46,7 @@ class NormConverter(Callback):
 
     def __init__(
         self,
-        norm: str = "syncbn",
+        norm: Norm = "syncbn",
         *,
         process_group: ProcessGroupLike = None,
         include: Iterable[str] = (),
@@ -84,6 +92,82 @@ class SyncBatchNormLayerSync(LayerSync):
         return model
 
 
+class PreciseStatistics(Callback):
+    """Give the BatchNorm layers population statistics, `syncbn.update_bn_stats`, whenever a fit looks at them.
+
+    In a fit only: before each validation, and at the end of an epoch if training went on after the last validation.
+    So validation, and what ModelCheckpoint writes at those moments, hold precise statistics; in between, the running
+    statistics move as always. Training is not disturbed: the weights are those of a fit without this callback.
+
+    The batches are the first of a copy of the training DataLoader, in this epoch's order where the sampler has one,
+    and go through the module's hooks and the trainer's precision as in training; random states, the sampler's
+    included, are put back. (A dataset that keeps a random state or position of its own in the main process is not.)
+
+    Collectives: those of `syncbn.update_bn_stats`. Every rank needs equally many batches, as in training.
+
+    Args:
+        num_batches: Training batches that each rank takes, at most those of an epoch.
+        forward: Called as ``forward(pl_module, batch)``; by default the module runs on the batch or its first item.
+
+    Raises:
+        ValueError: At construction for a ``num_batches`` below 1; in the fit, if the training data is not one
+            DataLoader; see also `syncbn.update_bn_stats`.
+
+    Source: Wu & Johnson 2021 ("Rethinking Batch in BatchNorm"), section 3.
+    """
+
+    def __init__(
+        self, num_batches: int = 200, *, forward: Callable[[LightningModule, Any], Any] | None = None
+    ) -> None:
+        if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
+            raise ValueError(f"num_batches: expected a whole number of at least 1, got {num_batches!r}.")
+        self.num_batches, self.forward = num_batches, forward or run_first
+        self._is_precise = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse other data than one DataLoader before the first step."""
+        _train_loader(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember that the statistics move on."""
+        self._is_precise = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Update before a validation inside a fit."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        modes = [(module, module.training) for module in pl_module.modules()]
+        trainer.fit_loop.epoch_loop.val_loop._module_mode.restore(pl_module)  # those of training
+        trainer.training = True  # for hooks that ask
+        try:
+            self._update(trainer, pl_module)
+        finally:
+            trainer.validating = True
+            for module, mode in modes:
+                module.training = mode
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Update after an epoch that ends without validation; ModelCheckpoint saves after this."""
+        if not self._is_precise:
+            self._update(trainer, pl_module)
+
+    def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def batches() -> Iterator[Any]:
+            num_batches = int(min(self.num_batches, trainer.num_training_batches))
+            for batch in islice(_copy_of(_train_loader(trainer)), num_batches):
+                converted = trainer.precision_plugin.convert_input(batch)
+                prepared = pl_module._on_before_batch_transfer(converted)
+                yield trainer.strategy.batch_to_device(prepared)
+
+        def forward(module: LightningModule, batch: Any) -> None:
+            with trainer.precision_plugin.train_step_context():
+                self.forward(module, batch)
+
+        with isolate_rng():
+            update_bn_stats(pl_module, batches(), forward=forward)
+        self._is_precise = True
+
+
 # A function of the module level that removes itself, bound to the module: unlike a closure it acts on the right module
 # after deepcopy, and pickles. Its name is what Lightning looks up.
 def configure_model(self: LightningModule) -> None:
@@ -104,3 +188,22 @@ def _refuse_second_converter(trainer: Trainer) -> None:
             "would replace ours: drop sync_batchnorm=True (or, to keep Lightning's hook, drop the callback and use "
             "plugins=[SyncBatchNormLayerSync()])."
         )
+
+
+def _train_loader(trainer: Trainer) -> DataLoader[Any]:
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"PreciseStatistics: expected the training data in one torch DataLoader, got {type(loader).__name__}; "
+            "for other data call syncbn.update_bn_stats yourself, say in on_train_epoch_end."
+        )
+    return loader
+
+
+def _copy_of(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Copy a DataLoader but for its dataset: workers, samplers and generator of the running one do not notice."""
+    own, dataset = copy.copy(loader), {id(loader.dataset): loader.dataset}
+    for name in ("sampler", "batch_sampler", "generator"):
+        own.__dict__[name] = copy.deepcopy(loader.__dict__[name], dataset)
+    own.__dict__.update(_iterator=None, persistent_workers=False)
+    return own

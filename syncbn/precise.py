@@ -1,0 +1,203 @@
+"""Population statistics: what evaluation normalizes with, recomputed over many batches and all ranks.
+
+The running statistics of training are a moving average over weights that have changed since, and in data-parallel
+training with plain BatchNorm they are those of one rank. Wu & Johnson 2021 ("Rethinking Batch in BatchNorm"),
+section 3, compare them with the statistics computed here.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from . import kernels
+from .collectives import GroupSpec, all_reduce
+from .moments import pack, unpack
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, Any], Any] | None = None) -> M:
+    """Replace the running statistics of every BatchNorm layer by those of its input over ``batches`` and all ranks.
+
+    The batches run in train mode without gradients, each layer normalizing with its own batch statistics. Then, with
+    n input values per channel over all batches and ranks, ``running_mean = sum / n`` and
+    ``running_var = (sqsum / n - mean**2) * n / (n - 1)``, the pooled variance: within plus between batches. Computed
+    in float64; a layer called several times pools its calls. For SyncBatchNorm the result depends on the global
+    batches only, not on the number of ranks. Source: Wu & Johnson 2021, section 3.
+
+    Any subclass of ``_BatchNorm`` with running statistics takes part, if it is in train mode: a ``model`` in eval mode
+    is put into train mode as a whole; of one in train mode, the parts in eval mode stay so. Frozen layers
+    (`syncbn.freeze`) and layers that no batch reaches on any rank keep their statistics. All other buffers (such as
+    ``num_batches_tracked``) and all modes are afterwards as before, also after an exception. Dropout is active, so
+    the random state moves. Compiled modules run eagerly.
+
+    Collectives: those of the model in training, for which all ranks must bring equally many batches (plain BatchNorm
+    needs not), then one all-reduce over the world for all layers, of 2C + 1 numbers each: also with subgroups, so all
+    ranks end with equal statistics.
+
+    Args:
+        model: The same model on every rank; one in DistributedDataParallel runs unwrapped.
+        batches: This rank's batches, as in training, as many as shall count: a tensor is the input of the model, of a
+            tuple or list the first item is; tensors are moved to the model's device.
+        forward: Called as ``forward(model, batch)`` instead.
+
+    Returns:
+        ``model`` itself; with a warning, and without running a batch, if there is no layer to update.
+
+    Raises:
+        ValueError: If a batch is of another kind and ``forward`` is not given; for an input of other channels than
+            the layer's; on every rank alike, if no rank has a batch.
+    """
+    with _kept(model):
+        if not model.training:
+            model.train()
+        layers = {name: layer for name, layer in _layers(model).items() if layer.training}
+        sums = {name: _zeros(layer) for name, layer in layers.items()}
+        num_batches = _measure(model, layers, sums, batches, forward or run_first) if layers else 0
+    if not layers:
+        warnings.warn("syncbn.update_bn_stats found no BatchNorm layer in train mode to update.", stacklevel=2)
+        return model
+    first = next(iter(sums.values()))
+    *totals, num_batches_of_all = _sum_over_ranks([*sums.values(), first.new_full((1,), num_batches)])
+    if num_batches_of_all == 0:
+        raise ValueError("update_bn_stats: expected at least one batch on one of the ranks, got none on any.")
+    for layer, total in zip(layers.values(), totals, strict=True):
+        count, mean, var, _ = unpack(total, eps=0.0)
+        if count > 0:
+            _write(layer, mean, var * (count / (count - 1).clamp_(min=1)))
+    return model
+
+
+def average_bn_stats(model: M) -> M:
+    """Replace the running statistics of every BatchNorm layer by their mean over the ranks, with equal weights.
+
+    That is what plain BatchNorm under data parallelism can know without another pass over data. The new
+    ``running_var`` is the mean of the ranks' variances: unlike the pooled variance of `update_bn_stats` it leaves out
+    how the ranks' means differ. Frozen layers keep their statistics: average before you freeze. Collectives: one
+    all-reduce over the world for all layers; without a process group nothing happens.
+
+    Returns:
+        ``model`` itself.
+    """
+    layers = [layer for layer in _layers(model).values() if "train" not in layer.__dict__]  # as freeze marks them
+    if not layers:
+        warnings.warn("syncbn.average_bn_stats found no BatchNorm layer to average.", stacklevel=2)
+        return model
+    statistics = [tensor.double() for layer in layers for tensor in _statistics(layer)]
+    *totals, world_size = _sum_over_ranks([*statistics, statistics[0].new_ones(1)])
+    means = [total / world_size.to(total.device) for total in totals]
+    for layer, mean, var in zip(layers, means[::2], means[1::2], strict=True):
+        _write(layer, mean, var)
+    return model
+
+
+def run_first(model: nn.Module, batch: Any) -> Any:
+    """Run ``model`` on a tensor, or on the first item of a tuple or list."""
+    if not isinstance(batch, Tensor | tuple | list):
+        raise ValueError(
+            f"update_bn_stats: expected every batch to be a tensor, a tuple or a list, got {type(batch).__name__}; "
+            "pass forward, called as forward(model, batch)."
+        )
+    x = batch if isinstance(batch, Tensor) else batch[0]
+    if isinstance(x, Tensor):
+        x = x.to(next(model.buffers()).device)  # there are running statistics
+    return (model.module if isinstance(model, DistributedDataParallel) else model)(x)
+
+
+def _measure(
+    model: M,
+    layers: dict[str, _BatchNorm],
+    sums: dict[str, Tensor],
+    batches: Iterable[Any],
+    forward: Callable[[M, Any], Any],
+) -> int:
+    """Run the batches, add what each layer receives to its sums, and count the batches."""
+    hooks = [
+        layer.register_forward_pre_hook(partial(_add_input, name, sums[name]), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    num_batches = 0
+    try:
+        with torch.no_grad(), _eagerly():
+            for batch in batches:
+                forward(model, batch)
+                num_batches += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return num_batches
+
+
+def _add_input(name: str, sums: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x, num_features = [*args, *kwargs.values()][0], len(sums) // 2
+    if x.dim() < 2 or x.shape[1] != num_features:
+        raise ValueError(
+            f"update_bn_stats: expected an input (N, {num_features}, *) for the {type(layer).__name__} {name!r}, "
+            f"got {tuple(x.shape)}; freeze or eval() the layer to leave it out."
+        )
+    sums += pack(x.numel() // num_features, *kernels.local_sums(x)).to(sums.device)
+
+
+def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
+    """Sum float64 vectors over the world, each back to its device: one all-reduce."""
+    packed, group = torch.cat([part.to(parts[0].device) for part in parts]), GroupSpec(None).resolve()
+    total = packed if group is None else all_reduce(packed, group)
+    pieces = torch.split(total, [len(part) for part in parts])
+    return [piece.to(part.device) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+    }
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+def _zeros(layer: _BatchNorm) -> Tensor:
+    mean = _statistics(layer)[0]
+    return torch.zeros(2 * len(mean) + 1, dtype=torch.float64, device=mean.device)  # sum, sqsum, count
+
+
+def _write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    for buffer, value in zip(_statistics(layer), (mean, var), strict=True):
+        buffer.copy_(value)
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Leave modes and buffers as they were, frozen layers' mode when thawed included."""
+    modules = list(model.modules())
+    names = ("training", "_mode_when_thawed")
+    modes = [(module, name, getattr(module, name)) for module in modules for name in names if hasattr(module, name)]
+    buffers = [
+        (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, mode in modes:
+            setattr(module, name, mode)
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Let nothing run compiled: compiled code does not see new hooks."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
