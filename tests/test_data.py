@@ -2,7 +2,7 @@
 
 import torch
 
-from syncbn.experiment.batches import World
+from syncbn.experiment.batches import Draw, World
 from syncbn.experiment.data import ImageSet
 from syncbn.experiment.sources import DigitsOnPhotos
 
@@ -13,15 +13,15 @@ def small(tmp_path, **kwargs):
     return data
 
 
-def test_image_set_serves_lists_of_indices():
+def test_image_set_serves_draws_of_indices():
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 2)
     labels = torch.arange(5)
     for transform in (None, lambda image: image + 10):
         dataset = ImageSet(images, labels, transform)
-        batch = dataset[[3, 1]]
+        batch = dataset[Draw([3, 1], 0)]
         assert batch[0][:, 0, 0, 0].tolist() == ([3, 1] if transform is None else [13, 11])
         assert batch[1].tolist() == [3, 1]
-        assert dataset[[]][0].shape == (0, 3, 2, 2)
+        assert dataset[Draw([], 0)][0].shape == (0, 3, 2, 2)
 
 
 def test_data_module_serves_channels_last_normalized_images(tmp_path):
@@ -30,7 +30,7 @@ def test_data_module_serves_channels_last_normalized_images(tmp_path):
     assert images.shape == (32, 3, 28, 28)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.dtype == torch.int64
-    raw = data.splits.train.images[next(iter(data.train_batches))]
+    raw = data.splits.train.images[next(iter(data.train_batches)).indices]
     torch.testing.assert_close(images, (raw / 255 - 0.5) / 0.25)
     assert [len(loader.dataset) for loader in data.test_dataloader()] == [30, 70]
     assert sum(len(labels) for _, labels in data.val_dataloader()) == 20
@@ -38,7 +38,7 @@ def test_data_module_serves_channels_last_normalized_images(tmp_path):
 
 def test_ranks_share_the_training_images(tmp_path):
     parts = [small(tmp_path, world=World(rank, 2, 2)) for rank in range(2)]
-    read = [[index for batch in part.train_batches for index in batch] for part in parts]
+    read = [[index for batch in part.train_batches for index in batch.indices] for part in parts]
     assert not set(read[0]) & set(read[1])
     assert len(read[0]) == len(read[1]) == 32
 

@@ -3,17 +3,19 @@
 import os
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from syncbn.experiment import digits
+from syncbn.experiment import digits, scenes
 
 SMALL = {"num_train": 70, "num_val": 20, "num_test": 30}
 
 
-def test_digits_on_photos_splits_share_no_digit_and_no_photo(monkeypatch):
+@pytest.mark.parametrize(("module", "make"), [(digits, "digits_on_photos"), (scenes, "digit_scenes")])
+def test_splits_share_no_digit_and_no_photo(monkeypatch, module, make):
     drawn = []
-    monkeypatch.setattr(digits, "_draw", lambda *args: drawn.append(args) or args[2:4])
-    digits.digits_on_photos(**SMALL)
+    monkeypatch.setattr(module, "_draw", lambda *args: drawn.append(args) or args[2:4])
+    getattr(module, make)(**SMALL)
     images, labels = digits.digits()
     left, right = digits.photos()
     for (_, num, some, classes, photos), expected in zip(drawn, SMALL.values(), strict=True):
@@ -26,9 +28,10 @@ def test_digits_on_photos_splits_share_no_digit_and_no_photo(monkeypatch):
         assert (a.width, b.width, a.height) == (384, 256, 427)  # 60 and 40 % of 640 columns
 
 
-def test_digits_on_photos_are_the_same_every_time():
-    first, again, other = (digits.digits_on_photos(**SMALL, seed=seed) for seed in (0, 0, 1))
-    assert first["train_images"].shape == (70, 28, 28, 3)
+@pytest.mark.parametrize(("make", "side"), [(digits.digits_on_photos, 28), (scenes.digit_scenes, 32)])
+def test_images_are_the_same_every_time(make, side):
+    first, again, other = (make(**SMALL, seed=seed) for seed in (0, 0, 1))
+    assert first["train_images"].shape == (70, side, side, 3)
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["train_images"], other["train_images"])
     assert not np.array_equal(first["train_images"][:20], first["val_images"])

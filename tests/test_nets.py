@@ -60,4 +60,6 @@ def test_a_model_unfit_for_the_images_is_found_before_training():
         nets.check_reads(net, torch.randn(2, 1, 28, 28), 10)
     with pytest.raises(ValueError, match=r"output to be \(2, 5\), got \(2, 10\)"):
         nets.check_reads(net, torch.randn(2, 3, 28, 28), 5)
+    with pytest.raises(ValueError, match=r"output to be \(2, 10, 28, 28\), got \(2, 10\)"):
+        nets.check_reads(net, torch.randn(2, 3, 28, 28), 10, per_pixel=True)
     assert net.training

@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from syncbn.experiment.sources import Cifar10, Digits, Folder
+from syncbn.experiment import scenes
+from syncbn.experiment.batches import Draw
+from syncbn.experiment.sources import Cifar10, Digits, DigitScenes, Folder
 
 COLOUR = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
@@ -17,6 +19,23 @@ def test_digits_are_served_as_they_are():
     assert sizes == [1167, 130, 500]
     assert data.example().shape == (2, 1, 8, 8)
     assert data.splits.train.images.max() == 255
+
+
+def test_scenes_have_a_class_for_every_pixel_and_are_made_once(tmp_path, monkeypatch):
+    first = DigitScenes(str(tmp_path), 40, 0, 9, **COLOUR)
+    first.load()
+    images, labels = first.splits.test[Draw([3, 1], 0)]
+    assert (images.shape, labels.shape) == ((2, 3, 32, 32), (2, 32, 32))
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert (first.num_classes, first.val_dataloader()) == (11, [])
+    assert next(iter(first.train_dataloader()))[1].shape == (32, 32, 32)
+    monkeypatch.setattr(scenes, "digit_scenes", lambda *sizes: pytest.fail("made again"))
+    again = DigitScenes(str(tmp_path), 40, 0, 9, **COLOUR)
+    again.load()
+    assert torch.equal(again.splits.train.images, first.splits.train.images)
+    assert torch.equal(again.splits.train.labels, first.splits.train.labels)
+    assert (tmp_path / f"digit_scenes-{scenes.RECIPE}-40-0-9.npz").is_file()
 
 
 def write_cifar10(root, per_file=4):
@@ -36,10 +55,10 @@ def test_cifar10_reads_the_binary_files(tmp_path):
     data.load()
     splits = data.splits
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [18, 2, 4]
-    images, labels = splits.train_plain[[5]]
+    images, labels = splits.train_plain[Draw([5], 0)]
     assert labels.item() == records[5, 0]
     assert images[0, 1, 2, 3] == records[5, 1 + 1024 + 2 * 32 + 3]  # green, row 2, column 3
-    assert splits.train[[5, 6]][0].shape == (2, 3, 32, 32)
+    assert splits.train[Draw([5, 6], 0)][0].shape == (2, 3, 32, 32)
 
 
 def test_cifar10_missing_or_broken(tmp_path):
@@ -66,14 +85,14 @@ def test_folder_of_images(tmp_path, splits):
     data = Folder(str(tmp_path), size=16, global_batch_size=2, **COLOUR)
     data.load()
     assert data.num_classes == 2
-    images, labels = data.splits.train[[0, 5]]
+    images, labels = data.splits.train[Draw([0, 5], 0)]
     assert images.shape == (2, 3, 16, 16)
     assert images.dtype == torch.uint8
     assert labels.tolist() == [0, 1]
     assert images[1].unique().tolist() == [100]
     assert len(data.splits.test) == 6
     assert (data.splits.val is None) == ("val" not in splits)
-    assert data.splits.test[[]][0].shape == (0, 3, 16, 16)
+    assert data.splits.test[Draw([], 0)][0].shape == (0, 3, 16, 16)
     assert len(list(data.train_dataloader())) == 3
 
 
@@ -94,5 +113,5 @@ def test_a_broken_image_is_named(tmp_path):
     data = Folder(str(tmp_path), size=16, global_batch_size=2, **COLOUR)
     data.load()
     with pytest.raises(OSError, match="cannot identify") as error:
-        data.splits.train[[1]]
+        data.splits.train[Draw([1], 0)]
     assert error.value.__notes__ == [f"while reading {tmp_path / 'train' / 'cat' / '1.png'}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,15 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 Arrays = dict[str, NDArray[np.uint8]]
+Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # images and their labels
+Draw = Callable[[np.random.Generator, int, NDArray[np.uint8], NDArray[np.uint8], list[Image.Image]], Pair]
 
 NUM_TRAIN_DIGITS = 1297  # digits [0:1297] train, [1297:1797] test
 SIDE, DIGIT_SIDE = 28, 24
 RECIPE = 1  # part of the cache's file name: raise it when the images change
 
 
-def digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def digits() -> Pair:
     """Load the 1797 digits as `(1797, 8, 8)`, 0 to 255, and their classes `(1797,)`."""
     bunch = load_digits()
     return (bunch.images * (255 / 16)).astype(np.uint8), bunch.target.astype(np.uint8)
@@ -49,15 +51,23 @@ def digits_on_photos(num_train: int = 14_000, num_val: int = 1_000, num_test: in
     Returns:
         `train_images`, `val_images`, `test_images`, each `(N, 28, 28, 3)`, and `..._labels`, each `(N,)`.
     """
+    return make_splits(_draw, (num_train, num_val, num_test), seed)
+
+
+def make_splits(draw: Draw, nums: Sequence[int], seed: int) -> Arrays:
+    """Draw `nums` training, validation and test images, each split with a random stream of its own.
+
+    `draw(rng, num, images, labels, photos)` makes `num` images and their labels. It gets the digits [0:1297] and the
+    left parts of the photos for training and validation, the others for testing.
+    """
     images, labels = digits()
     left, right = photos()
     train, test = slice(0, NUM_TRAIN_DIGITS), slice(NUM_TRAIN_DIGITS, None)
+    parts = {"train": (train, left), "val": (train, left), "test": (test, right)}
     arrays: Arrays = {}
-    for index, (split, num, part, background) in enumerate(
-        [("train", num_train, train, left), ("val", num_val, train, left), ("test", num_test, test, right)]
-    ):
+    for index, ((split, (part, background)), num) in enumerate(zip(parts.items(), nums, strict=True)):
         rng = np.random.default_rng([seed, index])
-        drawn = _draw(rng, num, images[part], labels[part], background)
+        drawn = draw(rng, num, images[part], labels[part], background)
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = drawn
     return arrays
 
@@ -68,26 +78,31 @@ def _draw(
     images: NDArray[np.uint8],
     labels: NDArray[np.uint8],
     background: list[Image.Image],
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+) -> Pair:
     """Lay `num` random digits over random photo crops."""
-    size = (DIGIT_SIDE, DIGIT_SIDE)
-    large = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in images]
+    large = enlarge(images, DIGIT_SIDE)
     picked = rng.integers(len(images), size=num)
     out = np.empty((num, SIDE, SIDE, 3), np.uint8)
     for i, digit in enumerate(picked):
-        crop = _crop(rng, background[rng.integers(len(background))]).astype(np.int16)
+        crop = crop_photo(rng, background[rng.integers(len(background))], SIDE).astype(np.int16)
         y, x = rng.integers(SIDE - DIGIT_SIDE + 1, size=2)  # the middle, give or take 2 pixels
         crop[y : y + DIGIT_SIDE, x : x + DIGIT_SIDE] -= large[digit][:, :, None]
         out[i] = np.abs(crop)
     return out, labels[picked]
 
 
-def _crop(rng: np.random.Generator, photo: Image.Image) -> NDArray[np.uint8]:
-    """Cut a random square of 1 to 3 times the final side, scaled to it; half of them are mirrored."""
-    side = SIDE * rng.uniform(1, 3)
-    x, y = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
-    box = (x, y, x + side, y + side)
-    crop = np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.BOX, box=box))
+def enlarge(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Scale gray images `(N, H, W)` to `(N, side, side)`."""
+    scaled = [Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR) for image in images]
+    return np.stack([np.asarray(image) for image in scaled])
+
+
+def crop_photo(rng: np.random.Generator, photo: Image.Image, side: int) -> NDArray[np.uint8]:
+    """Cut a random square of 1 to 3 times `side`, scaled to it, `(side, side, 3)`; half of them are mirrored."""
+    cut = side * rng.uniform(1, 3)
+    x, y = rng.uniform(0, photo.width - cut), rng.uniform(0, photo.height - cut)
+    box = (x, y, x + cut, y + cut)
+    crop = np.asarray(photo.resize((side, side), Image.Resampling.BOX, box=box))
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 

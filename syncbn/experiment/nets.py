@@ -98,18 +98,21 @@ def _check_arch(arch: str, names: Sequence[str], library: str) -> None:
 
 
 @torch.no_grad()
-def check_reads(net: nn.Module, images: Tensor, num_classes: int) -> None:
+def check_reads(net: nn.Module, images: Tensor, num_classes: int, *, per_pixel: bool = False) -> None:
     """Try one batch in eval mode, so that a model unfit for the images fails before training, on every rank alike.
 
     Args:
         net: The model; its training mode is restored.
         images: `(N, C, H, W)`.
         num_classes: The classes the output must have.
+        per_pixel: Whether it must have them for every pixel.
 
     Raises:
-        ValueError: the model refuses the images, or its output is not `(N, num_classes)`.
+        ValueError: the model refuses the images, or its output is not `(N, num_classes)`; per pixel,
+            `(N, num_classes, H, W)`.
     """
     training, shape = net.training, tuple(images.shape[1:])
+    expected = (len(images), num_classes, *(images.shape[2:] if per_pixel else ()))
     try:
         output = net.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -117,5 +120,5 @@ def check_reads(net: nn.Module, images: Tensor, num_classes: int) -> None:
     finally:
         net.train(training)
     got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if got != (len(images), num_classes):
-        raise ValueError(f"expected the model's output to be {(len(images), num_classes)}, got {got}")
+    if got != expected:
+        raise ValueError(f"expected the model's output to be {expected}, got {got}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from syncbn.experiment import digits
+from syncbn.experiment import digits, scenes
 from syncbn.experiment.data import ImageData, ImageSet, Splits
 
 CIFAR10_BYTES = 3073  # one record: the class, then 32 x 32 red, green and blue
@@ -40,11 +40,23 @@ class DigitsOnPhotos(ImageData):
 
     def make_splits(self) -> Splits:
         """Make the images, or read the cache. The images never depend on the run's seed."""
-        name = f"digits_on_photos-{digits.RECIPE}-{'-'.join(map(str, self.sizes))}.npz"
-        arrays = digits.cached(self.cache_dir / name, functools.partial(digits.digits_on_photos, *self.sizes))
-        sets = {split: _image_set(arrays, split) for split in ("train", "val", "test")}
-        val = sets["val"] if len(sets["val"]) else None
-        return Splits(sets["train"], sets["train"], val, sets["test"], num_classes=10)
+        name = f"digits_on_photos-{digits.RECIPE}"
+        return _made_splits(digits.digits_on_photos, self.sizes, self.cache_dir, name, num_classes=10)
+
+
+class DigitScenes(ImageData):
+    """Serve scenes of one to three digits, 32 x 32 in colour, with a class for every pixel; made once, then cached."""
+
+    def __init__(
+        self, cache_dir: str, num_train: int = 8_000, num_val: int = 300, num_test: int = 600, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sizes, self.cache_dir = (num_train, num_val, num_test), Path(cache_dir)
+
+    def make_splits(self) -> Splits:
+        """Make the scenes, or read the cache. The scenes never depend on the run's seed."""
+        name = f"digit_scenes-{scenes.RECIPE}"
+        return _made_splits(scenes.digit_scenes, self.sizes, self.cache_dir, name, scenes.NUM_CLASSES)
 
 
 class Digits(ImageData):
@@ -158,6 +170,17 @@ class _Files(Sequence[Tensor]):
         except Exception as error:
             error.add_note(f"while reading {self.folder.samples[index][0]}")
             raise
+
+
+def _made_splits(
+    make: Callable[..., digits.Arrays], sizes: tuple[int, int, int], cache_dir: Path, name: str, num_classes: int
+) -> Splits:
+    """Make the images of these sizes, or read them from the cache."""
+    path = cache_dir / f"{name}-{'-'.join(map(str, sizes))}.npz"
+    arrays = digits.cached(path, functools.partial(make, *sizes))
+    sets = {split: _image_set(arrays, split) for split in ("train", "val", "test")}
+    val = sets["val"] if len(sets["val"]) else None
+    return Splits(sets["train"], sets["train"], val, sets["test"], num_classes)
 
 
 def _image_set(arrays: dict[str, NDArray[np.uint8]], split: str) -> ImageSet:
