@@ -1,16 +1,24 @@
 """Synchronize BatchNorm over processes: any split of the batch, one answer."""
 
 from . import functional
+from .audit import Audit, AuditRow, audit
 from .batchnorm import SyncBatchNorm
 from .convert import convert, plan, revert
 from .freeze import freeze, unfreeze
+from .ghost import GhostBatchNorm
+from .precise import average_bn_stats, update_bn_stats
 from .rules import PlanRow, register
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
+    "AuditRow",
+    "GhostBatchNorm",
     "PlanRow",
     "SyncBatchNorm",
+    "audit",
+    "average_bn_stats",
     "convert",
     "freeze",
     "functional",
@@ -18,4 +26,5 @@ __all__ = [
     "register",
     "revert",
     "unfreeze",
+    "update_bn_stats",
 ]

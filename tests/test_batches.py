@@ -3,12 +3,17 @@
 import itertools
 
 import pytest
+import torch
 
-from syncbn.experiment.batches import BatchPlan, EvalBatches, TrainBatches, World, plan_batches
+from syncbn.experiment.batches import BatchPlan, TrainBatches, World, eval_batches, plan_batches
 
 
-def joined(lists):
-    return list(itertools.chain.from_iterable(lists))
+def joined(parts):
+    return list(itertools.chain.from_iterable(parts))
+
+
+def lists(sampler):
+    return [draw.indices for draw in sampler]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
@@ -58,20 +63,44 @@ def test_a_step_reads_the_same_images_at_any_world_size(world_size, accumulate):
     plan = plan_batches(world_size, global_batch_size=8, accumulate=accumulate)
     whole = TrainBatches(67, BatchPlan(8))
     ranks = [TrainBatches(67, plan, rank) for rank in range(world_size)]
-    for sampler in (whole, *ranks):
+    simulated = TrainBatches(67, plan, rank=None)
+    for sampler in (whole, simulated, *ranks):
         sampler.set_epoch(3)
-    micro = [joined(parts) for parts in zip(*ranks, strict=True)]  # joined over the ranks
+    micro = [joined(parts) for parts in zip(*map(lists, ranks), strict=True)]  # joined over the ranks
     steps = [joined(micro[i : i + accumulate]) for i in range(0, len(micro), accumulate)]
-    assert steps == list(whole)
+    assert steps == lists(whole) == lists(simulated)
     assert {len(sampler) for sampler in ranks} == {67 // 8 * accumulate}
-    assert all(len(batch) == plan.per_rank_batch_size for sampler in ranks for batch in sampler)
+    assert all(len(batch) == plan.per_rank_batch_size for sampler in ranks for batch in lists(sampler))
+    assert len(simulated) == len(lists(simulated)) == 8
+    assert len({draw.seed for sampler in (whole, *ranks) for draw in sampler}) == 1
+
+
+def test_dealing_drops_what_does_not_fill_a_batch_of_all_ranks():
+    plan, order = BatchPlan(2, world_size=2, accumulate=2), torch.arange(15)
+    assert plan.deal(order, 0) == [[0, 1], [4, 5], [8, 9]]
+    assert plan.deal(order, 1) == [[2, 3], [6, 7], [10, 11]]
+    assert plan.deal(order, None) == [list(range(8)), list(range(8, 12))]
+    assert plan.deal(order[:3], 0) == plan.deal(order[:3], None) == []
+
+
+def test_one_process_that_stands_for_several(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    world = World.from_env(simulate=4)
+    assert (world.world_size, world.num_ranks, World.from_env().num_ranks) == (1, 4, 1)
+    for wrong in (0, True, "4"):
+        with pytest.raises(ValueError, match="a number of ranks, at least 1"):
+            World.from_env(simulate=wrong)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="one process that stands for 4 ranks, torchrun started 2"):
+        World.from_env(simulate=4)
 
 
 def test_every_epoch_has_its_own_order_and_the_seed_decides_it():
     def order(seed, epoch):
         sampler = TrainBatches(64, BatchPlan(8), seed=seed)
         sampler.set_epoch(epoch)
-        return joined(sampler)
+        return joined(lists(sampler))
 
     assert order(0, 1) == order(0, 1)
     assert sorted(order(0, 1)) == list(range(64))
@@ -87,7 +116,7 @@ def test_too_few_images_for_one_step():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_images", [0, 1, 3, 7, 12])
 def test_evaluation_reads_every_image_once(world_size, num_images):
-    samplers = [EvalBatches(range(num_images), 3, rank, world_size) for rank in range(world_size)]
-    read = [index for sampler in samplers for batch in sampler for index in batch]
+    samplers = [eval_batches(range(num_images), 3, rank, world_size) for rank in range(world_size)]
+    read = [index for sampler in samplers for batch in sampler for index in batch.indices]
     assert sorted(read) == list(range(num_images))
     assert all(len(sampler) == len(list(sampler)) >= 1 for sampler in samplers)

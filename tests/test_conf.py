@@ -11,8 +11,9 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from torch import nn
 
+import syncbn
 from syncbn.experiment.data import ImageData
-from syncbn.experiment.task import Classifier
+from syncbn.experiment.task import Task
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -23,6 +24,23 @@ DEFAULTS = {
     "task": "sgd",
     "trainer": "auto",
 }
+ARMS = {
+    "bn": ("BatchNorm2d", None),
+    "syncbn": ("SyncBatchNorm", None),
+    "syncbn_2": ("SyncBatchNorm", 2),
+    "syncbn_4": ("SyncBatchNorm", 4),
+    "syncbn_node": ("SyncBatchNorm", "node"),
+    "gn": ("GroupNorm", None),
+    "ln": ("GroupNorm", None),
+    "in": ("GroupNorm", None),
+    "frozen": ("FrozenStatistics", None),
+    "none": ("ChannelAffine", None),
+}
+
+
+class MyNorm(nn.GroupNorm):
+    def __init__(self, num_features, num_groups, eps):
+        super().__init__(num_groups, num_features, eps)
 
 
 def composed(*overrides):
@@ -48,9 +66,10 @@ def make(group, choice, tmp_path):
 def test_the_groups_are_all_here():
     groups = {group: {c for g, c in CHOICES if g == group} for group, _ in CHOICES}
     assert groups.keys() == {*DEFAULTS, "norm"}
-    assert groups["norm"] == {"bn", "syncbn", "gn"}
-    assert groups["model"] == {"resnet8", "torchvision", "timm"}
-    assert groups["data"] == {"digits_on_photos", "digits", "cifar10", "imagefolder"}
+    assert groups["norm"] == ARMS.keys()
+    assert groups["model"] == {"resnet8", "torchvision", "timm", "unet"}
+    assert groups["data"] == {"digits_on_photos", "digit_scenes", "digits", "cifar10", "imagefolder"}
+    assert groups["task"] == {"sgd", "segmentation"}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -60,7 +79,7 @@ def test_every_choice_composes_and_makes_what_it_names(group, choice, tmp_path):
         "logger": CSVLogger,
         "model": nn.Module,
         "norm": L.Callback,
-        "task": Classifier,
+        "task": Task,
         "trainer": L.Trainer,
     }
     assert isinstance(make(group, choice, tmp_path), kinds[group])
@@ -77,14 +96,34 @@ def test_defaults():
 
 
 def test_files_stay_small():
-    for path in CONF.rglob("*.yaml"):
+    for path in CONF.glob("*/*.yaml"):
         assert len(path.read_text().splitlines()) < 15, path
 
 
 def test_arms_differ_in_the_norm_alone():
-    arms = [OmegaConf.to_container(composed(f"+norm={norm}")) for norm in ("bn", "syncbn", "gn")]
-    assert [arm.pop("norm")["norm"] for arm in arms] == ["bn", "syncbn", "gn"]
-    assert arms[0] == arms[1] == arms[2]
+    arms = [OmegaConf.to_container(composed(f"+norm={norm}")) for norm in ARMS]
+    assert all(arm.pop("norm").pop("_target_") == "syncbn.lightning.NormConverter" for arm in arms)
+    assert all(arm == arms[0] for arm in arms)
+
+
+@pytest.mark.parametrize(("norm", "wanted"), ARMS.items())
+def test_an_arm_converts_to_what_its_name_says(norm, wanted):
+    converter = instantiate(chosen("norm", norm))
+    model = nn.Sequential(nn.BatchNorm2d(16))
+    syncbn.convert(model, converter.norm, **converter.options)
+    assert (type(model[0]).__name__, converter.options["process_group"]) == wanted
+
+
+def test_a_norm_of_ones_own_is_a_partial_in_the_config():
+    config = {"_target_": "syncbn.lightning.NormConverter", "include": ["1"], "num_groups": 2}
+    config["norm"] = {"_target_": f"{__name__}.MyNorm", "_partial_": True, "eps": 0.25}
+    converter = instantiate(OmegaConf.create(config))
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    for _ in range(2):
+        syncbn.convert(model, converter.norm, **converter.options)
+    assert [type(m) for m in model] == [nn.BatchNorm2d, MyNorm]
+    assert (model[1].num_groups, model[1].eps) == (2, 0.25)
+    assert syncbn.plan(model, instantiate(OmegaConf.create(config)).norm, num_groups=2)[1].reason == "already"
 
 
 def test_every_data_set_has_the_batch_settings():
@@ -109,10 +148,10 @@ def test_a_plain_norm_gets_hydras_hint():
         composed("norm=gn")
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_on_photos"])
+@pytest.mark.parametrize("name", ["digits", "digits_on_photos", "digit_scenes"])
 def test_mean_and_std_are_those_of_the_training_images(name, tmp_path):
     config = OmegaConf.load(CONF / "data" / f"{name}.yaml")
-    if name == "digits_on_photos":
+    if "cache_dir" in config:
         config.cache_dir, config.num_train = str(tmp_path), 1500
     splits = instantiate(config).make_splits()
     images = splits.train.images.double() / 255

@@ -125,7 +125,7 @@ def test_bad_input_ends_before_training(here, overrides, error, message):
 
 def test_a_group_size_that_does_not_divide_the_ranks(here, monkeypatch):
     train = load_train()
-    monkeypatch.setattr(train.World, "from_env", lambda: train.World(0, 4, 4, by_torchrun=True))
+    monkeypatch.setattr(train.World, "from_env", lambda _: train.World(0, 4, 4, by_torchrun=True))
     with pytest.raises(ValueError, match=r"divides the world size 4; choose one of \[1, 2, 4\]"):
         train.main(composed(*SMALL, "+norm=syncbn", "norm.process_group=3"))
     assert not (here / "outputs").exists()

@@ -43,6 +43,9 @@ def test_what_went_in_is_written_down(tmp_path, monkeypatch):
 def test_the_table_shows_the_results(tmp_path, capsys):
     results = {
         "arm": "syncbn",
+        "score": "accuracy",
+        "evaluations": {"rank0": {}, "precise": {"test_error": 0.04}},
+        "simulate": None,
         "test_accuracy": 0.95,
         "test_loss": 0.15,
         "train_error": 0.01,

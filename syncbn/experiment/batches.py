@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 
@@ -18,28 +20,44 @@ class World:
     world_size: int = 1
     local_world_size: int = 1
     by_torchrun: bool = False
+    simulate: int | None = None  # ranks this one process stands for
 
     @classmethod
-    def from_env(cls) -> World:
+    def from_env(cls, simulate: int | None = None) -> World:
         """Read torchrun's variables; without them this is the only process.
 
+        Args:
+            simulate: Ranks that the only process stands for.
+
         Raises:
-            ValueError: the nodes do not hold equally many processes.
+            ValueError: the nodes do not hold equally many processes; one of several shall stand for others.
         """
+        if simulate is not None and (isinstance(simulate, bool) or not isinstance(simulate, int) or simulate < 1):
+            raise ValueError(f"expected simulate to be a number of ranks, at least 1, got {simulate!r}")
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            return cls()
+            return cls(simulate=simulate)
+        if simulate is not None and os.environ["WORLD_SIZE"] != "1":
+            raise ValueError(
+                f"simulate={simulate} is one process that stands for {simulate} ranks, torchrun started "
+                f"{os.environ['WORLD_SIZE']}: start one, or drop simulate"
+            )
         rank, size, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if size % local:
             raise ValueError(
                 f"expected as many processes on every node, got {local} here and {size} in all: "
                 "give every node's torchrun the same --nproc-per-node"
             )
-        return cls(rank, size, local, by_torchrun=True)
+        return cls(rank, size, local, by_torchrun=True, simulate=simulate)
 
     @property
     def num_nodes(self) -> int:
         """Count the nodes."""
         return self.world_size // self.local_world_size
+
+    @property
+    def num_ranks(self) -> int:
+        """Count the ranks of the experiment: the processes, or those that this one stands for."""
+        return self.simulate or self.world_size
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,22 @@ class BatchPlan:
     def global_batch_size(self) -> int:
         """Count the images of one optimizer step over all ranks."""
         return self.per_rank_batch_size * self.world_size * self.accumulate
+
+    def deal(self, order: Tensor, rank: int | None) -> list[list[int]]:
+        """Deal image indices in whole batches of all ranks; what is left over at the end is dropped.
+
+        Args:
+            order: Indices; batch m of all ranks is `order[m * P : (m + 1) * P]`, P = per_rank * world_size, of which
+                rank r gets the r-th part.
+            rank: Whose batches; None for those of all ranks and accumulated batches joined, in the same order.
+        """
+        share = self.per_rank_batch_size * self.world_size
+        whole = order[: len(order) // share * share]
+        if rank is None:
+            starts = range(0, len(whole), self.global_batch_size)
+            return [whole[start : start + self.global_batch_size].tolist() for start in starts]
+        mine: list[list[int]] = whole.view(-1, self.world_size, self.per_rank_batch_size)[:, rank].tolist()
+        return mine
 
 
 def plan_batches(
@@ -88,17 +122,24 @@ def plan_batches(
     return BatchPlan(per_rank_batch_size, world_size, accumulate)
 
 
-class TrainBatches(Sampler[list[int]]):
+class Draw(NamedTuple):
+    """Images of one batch, and the seed of their augmentation: the same for an image on whichever rank it lies."""
+
+    indices: list[int]
+    seed: int
+
+
+class TrainBatches(Sampler[Draw]):
     """Deal each epoch's shuffled indices to the ranks; every rank gets equally many full batches.
 
-    Step s reads the same images at any world size: `order[s * global:(s + 1) * global]`, of which micro-batch m
-    gives rank r its r-th part. What does not fill a step at the end of an epoch is left out.
+    Step s reads the same images at any world size: `order[s * global:(s + 1) * global]`, dealt by `BatchPlan.deal`.
+    What does not fill a step at the end of an epoch is left out.
 
     Raises:
         ValueError: fewer images than one step needs.
     """
 
-    def __init__(self, num_images: int, plan: BatchPlan, rank: int = 0, seed: int = 0) -> None:
+    def __init__(self, num_images: int, plan: BatchPlan, rank: int | None = 0, seed: int = 0) -> None:
         if num_images < plan.global_batch_size:
             raise ValueError(
                 f"expected at least one step of {plan.global_batch_size} training images, got {num_images}: "
@@ -111,33 +152,37 @@ class TrainBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Count this rank's batches in one epoch: steps times accumulated batches."""
-        return self.num_images // self.plan.global_batch_size * self.plan.accumulate
+        """Count this rank's batches in one epoch: steps times accumulated batches, which are one if joined."""
+        return self.num_images // self.plan.global_batch_size * (1 if self.rank is None else self.plan.accumulate)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield this rank's index lists, `per_rank_batch_size` long."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_images, generator=generator)
-        micro = order[: len(self) * self.plan.per_rank_batch_size * self.plan.world_size]
-        mine = micro.view(len(self), self.plan.world_size, self.plan.per_rank_batch_size)[:, self.rank]
-        yield from mine.tolist()
+    def __iter__(self) -> Iterator[Draw]:
+        """Yield this rank's batches; Lightning may choose the epoch after this call, before the first batch."""
+        seed = self.seed * 1_000_003 + self.epoch
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed))
+        used = order[: self.num_images // self.plan.global_batch_size * self.plan.global_batch_size]
+        yield from (Draw(indices, seed) for indices in self.plan.deal(used, self.rank))
 
 
-class EvalBatches(Sampler[list[int]]):
-    """Deal every index to exactly one rank, in order; a rank left without any yields one empty list.
+class FixedBatches(Sampler[Draw]):
+    """Serve given batches, the same each time."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        """Count the batches."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Draw]:
+        """Yield the batches."""
+        return (Draw(batch, 0) for batch in self.batches)
+
+
+def eval_batches(indices: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1) -> FixedBatches:
+    """Deal every index to exactly one rank, in order; a rank left without any gets one empty list.
 
     Nothing is padded or read twice, so ranks may end after different numbers of batches. The empty list lets every
     rank reach the metrics' exchange at the end.
     """
-
-    def __init__(self, indices: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        mine = list(indices[rank::world_size])
-        self.batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)] or [[]]
-
-    def __len__(self) -> int:
-        """Count this rank's batches, at least 1."""
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield this rank's index lists."""
-        return iter(self.batches)
+    mine = list(indices[rank::world_size])
+    return FixedBatches([mine[i : i + batch_size] for i in range(0, len(mine), batch_size)] or [[]])

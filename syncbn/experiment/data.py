@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from syncbn.experiment.batches import EvalBatches, TrainBatches, World, plan_batches
+from syncbn.experiment.batches import Draw, FixedBatches, TrainBatches, World, eval_batches, plan_batches
 
-Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
+Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,), or (N, H, W) per pixel
 
 
 class ImageSet(Dataset[Batch]):
-    """Serve batches by their list of indices: `dataset[[3, 1]]` gives images `(2, C, H, W)` uint8 and labels `(2,)`.
+    """Serve batches: `dataset[Draw([3, 1], seed=0)]` gives images `(2, C, H, W)` uint8 and labels `(2, ...)`.
 
     Args:
         images: `(N, C, H, W)` uint8, or a sequence that gives image `(C, H, W)` i.
-        labels: `(N,)`.
-        transform: Applied to each image, for augmentation.
+        labels: `(N,)`, or `(N, H, W)` per pixel.
+        transform: Applied to each image, for augmentation. It draws from a random stream of the image and the
+            batch's seed, so an image looks the same on whichever rank, and in whichever process, it is read.
     """
 
     def __init__(
@@ -32,19 +33,27 @@ class ImageSet(Dataset[Batch]):
         labels: Tensor,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.images, self.labels, self.transform = images, labels.long(), transform
+        self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self) -> int:
         """Count the images."""
         return len(self.labels)
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        """Read one batch; an empty list gives an empty batch."""
+    def __getitem__(self, draw: Draw) -> Batch:
+        """Read one batch; one without any index is empty."""
+        indices = draw.indices
         if isinstance(self.images, Tensor) and self.transform is None:
-            return self.images[indices], self.labels[indices]
-        transform = self.transform or (lambda image: image)
-        images = [transform(self.images[i]) for i in indices or [0]]
-        return torch.stack(images)[: len(indices)], self.labels[indices]
+            return self.images[indices], self.labels[indices].long()
+        with torch.random.fork_rng(devices=[]):
+            images = [self._read(i, draw.seed) for i in indices or [0]]
+        return torch.stack(images)[: len(indices)], self.labels[indices].long()
+
+    def _read(self, index: int, seed: int) -> Tensor:
+        image = self.images[index]
+        if self.transform is None:
+            return image
+        torch.manual_seed(hash((seed, index)))  # of numbers: the same in every process
+        return self.transform(image)
 
 
 @dataclass
@@ -93,8 +102,9 @@ class ImageData(L.LightningDataModule, ABC):
         self.world, self.seed = world or World(), seed
         self.eval_batch_size, self.num_train_eval = eval_batch_size, num_train_eval
         self.num_workers = num_workers
+        self.eval_in_training_batches = False  # for evaluation with the statistics of the batch
         self.plan = plan_batches(
-            self.world.world_size,
+            self.world.num_ranks,
             global_batch_size=global_batch_size,
             per_rank_batch_size=per_rank_batch_size,
             accumulate=accumulate,
@@ -118,9 +128,13 @@ class ImageData(L.LightningDataModule, ABC):
         self.splits = self.make_splits()
         if not len(self.splits.test):
             raise ValueError("expected at least one test image, got none")
-        self.train_batches = TrainBatches(len(self.splits.train), self.plan, self.world.rank, self.seed)
+        self.train_batches = TrainBatches(len(self.splits.train), self.plan, self._dealt_to, self.seed)
         shuffle = torch.randperm(len(self.splits.train), generator=torch.Generator().manual_seed(self.seed))
         self.train_eval_indices = shuffle[: self.num_train_eval].tolist()
+
+    @property
+    def _dealt_to(self) -> int | None:
+        return self.world.rank if self.world.simulate is None else None
 
     @property
     def num_classes(self) -> int:
@@ -129,7 +143,12 @@ class ImageData(L.LightningDataModule, ABC):
 
     def example(self) -> Tensor:
         """Give two normalized test images, `(2, C, H, W)`."""
-        return self.normalize(self.splits.test[[0, 0]][0])
+        return self.normalize(self.splits.test[Draw([0, 0], 0)][0])
+
+    def sample(self, num_images: int) -> Tensor:
+        """Give some shuffled and normalized training images, `(num_images, C, H, W)`."""
+        order = torch.randperm(len(self.splits.train), generator=torch.Generator().manual_seed(self.seed))
+        return self.normalize(self.splits.train[Draw(order[:num_images].tolist(), self.seed)][0])
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 to `(pixel / 255 - mean) / std`, channels last, which convolutions like best."""
@@ -140,7 +159,10 @@ class ImageData(L.LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalize on the device: uint8 travels."""
         images, labels = batch
-        return self.normalize(images), labels
+        images = self.normalize(images)
+        if self.trainer is not None:  # Lightning converts batches before, when they are integers
+            images = self.trainer.precision_plugin.convert_input(images)
+        return images, labels
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Serve this rank's part of every training step."""
@@ -156,12 +178,26 @@ class ImageData(L.LightningDataModule, ABC):
         test, train = self.splits.test, self.splits.train_plain
         return [self._eval_loader(test, range(len(test))), self._eval_loader(train, self.train_eval_indices)]
 
-    def _eval_loader(self, dataset: ImageSet, indices: Sequence[int]) -> DataLoader[Batch]:
-        batches = EvalBatches(indices, self.eval_batch_size, self.world.rank, self.world.world_size)
-        return self._loader(dataset, batches)
+    def statistics_batches(self, num_images: int) -> Iterator[Batch]:
+        """Serve this rank's part of some shuffled training batches, for statistics, as `training_step` sees them."""
+        order = torch.randperm(len(self.splits.train), generator=torch.Generator().manual_seed(self.seed))
+        return iter(self._loader(self.splits.train, FixedBatches(self.plan.deal(order[:num_images], self._dealt_to))))
 
-    def _loader(self, dataset: ImageSet, batches: Sampler[list[int]]) -> DataLoader[Batch]:
-        # batch_size=None: the sampler's lists go to the dataset whole, so nothing is collated
+    def _eval_loader(self, dataset: ImageSet, indices: Sequence[int]) -> DataLoader[Batch]:
+        if not self.eval_in_training_batches:
+            world = self.world
+            return self._loader(dataset, eval_batches(indices, self.eval_batch_size, world.rank, world.world_size))
+        shuffle = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+        batches = self.plan.deal(torch.tensor(list(indices))[shuffle], self._dealt_to)
+        if not batches:
+            raise ValueError(
+                f"statistics of the batch need {self.plan.per_rank_batch_size} x {self.plan.world_size} images, "
+                f"got {len(indices)}: leave 'batch' out of evaluate, or take more images"
+            )
+        return self._loader(dataset, FixedBatches(batches))
+
+    def _loader(self, dataset: ImageSet, batches: Sampler[Draw]) -> DataLoader[Batch]:
+        # batch_size=None: the sampler's draws go to the dataset whole, so nothing is collated
         workers = self.num_workers > 0
         options: dict[str, Any] = {"persistent_workers": workers, "pin_memory": workers and torch.cuda.is_available()}
         return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=self.num_workers, **options)

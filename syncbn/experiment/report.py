@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +22,7 @@ from rich.table import Column, Table
 
 import syncbn
 from syncbn.experiment.batches import BatchPlan
-from syncbn.experiment.task import Classifier
+from syncbn.experiment.task import Task
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "torchvision", "timm", "scikit-learn", "numpy")
 
@@ -71,20 +72,14 @@ def training_seconds(trainer: Trainer) -> float:
     return timer.time_elapsed("train") - timer.time_elapsed("validate")
 
 
-def summarize(trainer: Trainer, task: Classifier, plan: BatchPlan, *, arm: str, seed: int) -> dict[str, Any]:
-    """Gather the results of one run after its test.
+def summarize_training(trainer: Trainer, task: Task, plan: BatchPlan) -> dict[str, Any]:
+    """Gather what a finished fit tells.
 
     Returns:
-        Accuracy and error as fractions, the loss in nats per image, `images_per_second` over all ranks in training,
-        batch sizes in images, `lr` at its peak.
+        `images_per_second` over all ranks in training, batch sizes in images, `lr` at its peak.
     """
-    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     seconds = training_seconds(trainer)
     return {
-        "arm": arm,
-        "test_accuracy": metrics["test/acc"],
-        "test_loss": metrics["test/loss"],
-        "train_error": 1 - metrics["train_eval/acc"],
         "images_per_second": task.num_steps * plan.global_batch_size / seconds if task.num_steps else 0.0,
         "training_seconds": seconds,
         "num_steps": task.num_steps,
@@ -92,20 +87,38 @@ def summarize(trainer: Trainer, task: Classifier, plan: BatchPlan, *, arm: str, 
         "global_batch_size": plan.global_batch_size,
         **dataclasses.asdict(plan),
         "device": str(trainer.strategy.root_device),
-        "seed": seed,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def summarize_tests(task: Task, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Gather the results of the tests: all of them, and beside them those of the first mode as scores.
+
+    Returns:
+        Scores and errors as fractions (`error = 1 - score`), losses in nats per label.
+    """
+    first = next(iter(evaluations.values()))
+    return {
+        "score": task.score_name,
+        f"test_{task.score_name}": 1 - first["test_error"],
+        "test_loss": first["test_loss"],
+        "train_error": first["train_error"],
+        "evaluations": evaluations,
     }
 
 
 def print_table(results: dict[str, Any], folder: Path) -> None:
     """Print the results, a row each."""
     table = Table("", Column(overflow="fold"), show_header=False)
+    score, others = results["score"], dict(list(results["evaluations"].items())[1:])
     rows = {
         "arm": results["arm"],
-        "test accuracy": f"{results['test_accuracy']:.4f}",
+        f"test {score}": f"{results[f'test_{score}']:.4f}",
         "test loss": f"{results['test_loss']:.4f}",
+        **{f"test {score}, {mode} statistics": f"{1 - r['test_error']:.4f}" for mode, r in others.items()},
         "train error (eval mode)": f"{results['train_error']:.4f}",
         "training images/s": f"{results['images_per_second']:.0f}",
-        "world size": f"{results['world_size']}",
+        "world size": f"{results['world_size']}{' (simulated)' if results['simulate'] else ''}",
         "per-rank batch": f"{results['per_rank_batch_size']}",
         "accumulated batches": f"{results['accumulate']}",
         "global batch": f"{results['global_batch_size']}",
