@@ -54,7 +54,9 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
             bias=layer.bias is not None,
             track_per_split=True,
         )
-        self.split_size = split_size  # rows of one split, times those of one image
+        self.split_size = split_size
+        self.num_images: int | None = None  # in the batch of the running forward
+        self.calls: list[tuple[Tensor, Tensor]] = []  # of the running forward
         if layer.running_mean is not None:
             self.load_state_dict(dict(layer.named_buffers()), strict=False)
 
@@ -66,12 +68,13 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
                 getattr(self, f"split_{name}").copy_(getattr(self, name))
 
     def _splits_of(self, x: Tensor) -> int:
-        if len(x) % (self.split_size * self.num_splits):
+        num_images = self.num_images or len(x)
+        num_splits, rest = divmod(num_images, self.split_size)
+        if rest or num_splits % self.num_splits or len(x) % num_images:
             raise ValueError(
-                f"cannot simulate: expected inputs of a multiple of {self.split_size * self.num_splits} rows at every "
-                f"normalization, got {tuple(x.shape)}; {INSTEAD}"
+                f"cannot simulate: expected equally many rows of each image of batches of {self.split_size} in "
+                f"{self.num_splits} groups, got {tuple(x.shape)} of {num_images} images; {INSTEAD}"
             )
-        num_splits = len(x) // self.split_size
         if x.numel() == num_splits * x.shape[1]:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got 1 over all ranks that share statistics"
@@ -79,20 +82,28 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
         return num_splits
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Move every group's statistics by its accumulated batches in turn; `(k * num_splits, C)` each."""
+        """Keep the statistics of one call, `(k * num_splits, C)` each, until the whole model has run."""
+        self.calls.append((mean, var))
+
+    def catch_up(self) -> None:
+        """Move every group's statistics as the ranks do: by one accumulated batch after the other, call by call."""
         assert self.num_batches_tracked is not None
-        num_batches = len(mean) // self.num_splits
-        for name, batches in (("running_mean", mean), ("running_var", var)):
-            running = getattr(self, f"split_{name}")
-            for i, batch in enumerate(batches.view(num_batches, self.num_splits, -1)):
-                seen = self.num_batches_tracked + i + 1
-                running.lerp_(batch, 1 / seen.to(batch.dtype) if self.momentum is None else self.momentum)
-            getattr(self, name).copy_(running[0])
-        self.num_batches_tracked.add_(num_batches)
+        calls = [torch.stack(call).view(2, -1, self.num_splits, self.num_features) for call in self.calls]
+        self.calls.clear()
+        for batch in (call[:, i] for i in range(calls[0].shape[1] if calls else 0) for call in calls):
+            self.num_batches_tracked.add_(1)
+            factor = 1 / self.num_batches_tracked.to(batch.dtype) if self.momentum is None else self.momentum
+            self.split_running_mean.lerp_(batch[0], factor)
+            self.split_running_var.lerp_(batch[1], factor)
+        self._buffers["running_mean"].copy_(self.split_running_mean[0])  # type: ignore[union-attr]
+        self._buffers["running_var"].copy_(self.split_running_var[0])  # type: ignore[union-attr]
 
 
 def simulate(model: nn.Module, plan: BatchPlan, node_size: int | None = None) -> None:
     """Exchange every layer whose statistics come from the batch by one that stands for all ranks of `plan`.
+
+    `model` is called as a module, with the images first: it tells its layers how many there are, and the running
+    statistics move when it has run, in the order of the ranks' batches also where it calls a layer twice.
 
     Args:
         model: Already converted to the arm, and to be fed joined batches (`BatchPlan.deal` with rank None).
@@ -106,8 +117,25 @@ def simulate(model: nn.Module, plan: BatchPlan, node_size: int | None = None) ->
         if isinstance(layer, _BatchNorm) and not isinstance(layer, syncbn.GhostBatchNorm):
             size = _group_size(layer, plan.world_size, node_size or plan.world_size)
             new = SimulatedBatchNorm(layer, plan.world_size // size, plan.per_rank_batch_size * size)
-            syncbn.convert(layer, partial(_take, new))
-            layer._non_persistent_buffers_set |= {"split_running_mean", "split_running_var"}
+            if syncbn.plan(layer, partial(_take, new))[0].to is not None:  # else check_exact sees what it does
+                syncbn.convert(layer, partial(_take, new))
+                layer._non_persistent_buffers_set |= {"split_running_mean", "split_running_var"}
+    model.register_forward_pre_hook(_begin)
+    model.register_forward_hook(_end)
+
+
+def _begin(model: nn.Module, args: tuple[Tensor]) -> None:
+    for layer in model.modules():
+        if isinstance(layer, SimulatedBatchNorm):
+            layer.num_images = len(args[0])
+            layer.calls.clear()  # of a forward that failed
+
+
+def _end(model: nn.Module, args: Any, output: Any) -> None:
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, SimulatedBatchNorm) and layer.calls:
+                layer.catch_up()
 
 
 def _take(module: nn.Module, num_features: int) -> nn.Module:
@@ -157,8 +185,9 @@ def check_exact(task: Task, batch: Batch, plan: BatchPlan) -> None:
         _compare_inputs(joined[0], inputs, index, len(parts))
         grads = [a + b / len(parts) for a, b in zip(grads, part_grads, strict=True)]
     names = [name for name, p in twin.named_parameters() if p.requires_grad]
+    largest = max((grad.abs().max().item() for grad in joined[1]), default=0.0)
     for name, whole, mean in zip(names, joined[1], grads, strict=True):
-        if not _is_close(whole, mean):
+        if not _is_close(whole, mean, largest):
             raise ValueError(
                 f"cannot simulate: the gradient of {name} from all images joined is not the mean over the ranks, so "
                 f"something but a known normalization joins the images of a batch; {INSTEAD}"
@@ -198,8 +227,11 @@ def _compare_inputs(joined: Inputs, part: Inputs, index: int, num_parts: int) ->
                 )
 
 
-def _is_close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * (1e-30 + a.abs().max())) if len(a) else True
+def _is_close(a: Tensor, b: Tensor, scale: float | None = None) -> bool:
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    scale = a.abs().max().item() if scale is None else scale
+    return bool((a - b).abs().max() <= TOLERANCE * scale + 1e-30)
 
 
 @contextmanager

@@ -1,0 +1,251 @@
+"""One process that stands for W ranks against W real ones, and what it must refuse."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from syncbn.experiment.batches import BatchPlan
+from syncbn.experiment.nets import ResNet8
+from syncbn.experiment.simulate import SimulatedBatchNorm, check_exact, simulate
+from syncbn.experiment.task import Classifier
+from syncbn.experiment.unet import UNet
+
+STEPS, CLASSES = 3, 4
+
+
+class Shared(nn.Module):
+    """Use one norm at two places, norms of 2-D, 3-D and 4-D inputs, and one with its own momentum."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.rows = nn.BatchNorm1d(6, momentum=None)
+        self.head = nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5, affine=False), nn.Linear(5, CLASSES))
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        x = self.norm(F.relu(x) + x)
+        x = self.rows(x.flatten(2))
+        return self.head(x.mean(2))
+
+
+class PerPatch(nn.Module):
+    """Normalize the patches of each image as rows of their own, in the order of the images."""
+
+    def __init__(self, images_first=True):
+        super().__init__()
+        self.images_first = images_first
+        self.embed = nn.Linear(12, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        patches = F.unfold(x, 2, stride=2).transpose(1, 2)  # (N, patches, 12)
+        if not self.images_first:
+            patches = patches.transpose(0, 1)
+        rows = self.norm(self.embed(patches).flatten(0, 1)).view(*patches.shape[:2], 6)
+        return self.head(F.relu(rows).mean(1 if self.images_first else 0))
+
+
+MODELS = {"resnet": partial(ResNet8, CLASSES, width=4), "shared": Shared, "patches": PerPatch}
+ARMS = {
+    "bn": ("bn", {}),
+    "syncbn": ("syncbn", {}),
+    "pairs": ("syncbn", {"process_group": 2}),
+    "part": ("syncbn", {"exclude": ["*norm1*", "*rows"]}),
+    "gn": ("gn", {"num_groups": 1}),
+    "ln": ("ln", {}),
+    "in": ("in", {}),
+    "frozen": ("frozen", {}),
+    "none": ("none", {}),
+    "own": (partial(nn.GroupNorm, 1), {}),
+}
+
+
+def make(model, arm):
+    torch.manual_seed(5)
+    norm, options = ARMS[arm]
+    task = Classifier(MODELS[model](), CLASSES)
+    for layer in task.modules():  # statistics as if trained before
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    return syncbn.convert(task, norm, **options).double()
+
+
+def draw(plan):
+    """Draw the images and labels of every step, joined in the order of BatchPlan.deal."""
+    generator = torch.Generator().manual_seed(1)
+    num = plan.global_batch_size
+    images = torch.randn(STEPS, num, 3, 8, 8, generator=generator, dtype=torch.float64)
+    images += torch.randn(STEPS, num, 3, 1, 1, generator=generator, dtype=torch.float64)  # images differ
+    return images, torch.randint(CLASSES, (STEPS, num), generator=generator)
+
+
+def train_rank(rank, world_size, model, arm, accumulate, per_rank):
+    """Train one real rank with DDP; returns its parameters and buffers."""
+    plan = BatchPlan(per_rank, world_size, accumulate)
+    task = make(model, arm)
+    wrapped = DistributedDataParallel(task, forward_sync_buffers=False)
+    optimizer = torch.optim.SGD(task.parameters(), 0.1, 0.9)
+    for images, labels in zip(*draw(plan), strict=True):
+        for indices in plan.deal(torch.arange(plan.global_batch_size), rank):
+            (F.cross_entropy(wrapped(images[indices]), labels[indices]) / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {k: v.detach() for k, v in task.net.state_dict().items()}
+
+
+def train_simulated(model, arm, plan):
+    task = make(model, arm)
+    simulate(task, plan)
+    images, labels = draw(plan)
+    before = copy.deepcopy(task.state_dict())
+    check_exact(task, (images[0], labels[0]), plan)
+    torch.testing.assert_close(task.state_dict(), before, rtol=0, atol=0)
+    optimizer = torch.optim.SGD(task.parameters(), 0.1, 0.9)
+    for step in zip(images, labels, strict=True):
+        task.loss(step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return task
+
+
+@pytest.mark.parametrize(("arm", "model"), [(a, m) for a in ARMS for m in MODELS if (a, m) != ("in", "patches")])
+def test_the_ranks_and_their_simulation_agree(run, model, arm):
+    # the head of "shared" has one value per image
+    for plan in (BatchPlan(2, 4), BatchPlan(3 if model == "shared" else 1, 2, 3)):
+        ranks = run(train_rank, plan.world_size, model, arm, plan.accumulate, plan.per_rank_batch_size)
+        task = train_simulated(model, arm, plan)
+        mine = task.net.state_dict()
+        assert mine.keys() == ranks[0].keys()
+        for name, value in ranks[0].items():  # what DDP saves
+            torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        for name, layer in task.net.named_modules():
+            if isinstance(layer, SimulatedBatchNorm) and layer.track_running_stats:
+                size = plan.world_size // layer.num_splits
+                for key in ("running_mean", "running_var"):
+                    held = torch.stack([ranks[group * size][f"{name}.{key}"] for group in range(layer.num_splits)])
+                    torch.testing.assert_close(getattr(layer, f"split_{key}"), held, rtol=1e-9, atol=1e-9)
+
+
+def test_nodes_are_groups_of_their_size():
+    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group="node")
+    simulate(task, BatchPlan(2, 8), node_size=4)
+    assert {layer.num_splits for layer in task.modules() if isinstance(layer, SimulatedBatchNorm)} == {2}
+    whole = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group="node")
+    simulate(whole, BatchPlan(2, 8))
+    assert {layer.num_splits for layer in whole.modules() if isinstance(layer, SimulatedBatchNorm)} == {1}
+
+
+def test_a_loaded_state_is_every_ranks():
+    plan = BatchPlan(2, 4)
+    task = train_simulated("resnet", "bn", plan)
+    other = make("resnet", "bn")
+    simulate(other, plan)
+    other.load_state_dict(task.state_dict())
+    layer = other.net[1]
+    assert torch.equal(layer.split_running_mean, task.net[1].running_mean.expand(4, -1))
+    assert not any("split" in key for key in task.state_dict())
+
+
+class Mixing(nn.Module):
+    """Join images in a way that is told."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.norm, self.head = how, nn.BatchNorm2d(3), nn.Linear(3, CLASSES)
+        self.extra = {"dropout": nn.Dropout(0.5), "unknown norm": Renorm(3)}.get(how, nn.Identity())
+
+    def forward(self, x):
+        if self.how == "centred batch":
+            x = x - x.mean(0)
+        if self.how == "sorted":
+            x = x[x.mean((1, 2, 3)).argsort()]
+        y = self.extra(F.relu(self.norm(x)))
+        if self.how == "selected":
+            y = y[y.mean((1, 2, 3)) > y.mean()]
+            y = F.pad(y, (0, 0, 0, 0, 0, 0, 0, len(x) - len(y)))
+        if self.how == "attention over the batch":
+            rows = y.flatten(1)
+            y = (rows @ rows.T).softmax(1) @ y.mean((2, 3))
+            return self.head(y)
+        return self.head(y.mean((2, 3)))
+
+
+class Renorm(nn.modules.batchnorm._BatchNorm):
+    """A BatchNorm that syncbn does not know."""
+
+    def _check_input_dim(self, input):
+        pass
+
+    def forward(self, input):
+        return (input - input.mean((0, 2, 3), keepdim=True)) / (1 + input.std())
+
+
+REFUSED = ["dropout", "centred batch", "sorted", "selected", "attention over the batch", "unknown norm"]
+
+
+@pytest.mark.filterwarnings("ignore:syncbn.convert left:UserWarning")
+@pytest.mark.parametrize("arm", ["bn", "syncbn"])
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_joins_images_is_refused(how, arm):
+    plan = BatchPlan(2, 4)
+    task = syncbn.convert(Classifier(Mixing(how), CLASSES), arm)
+    simulate(task, plan)
+    images, labels = draw(plan)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"cannot simulate.*use engine=torchrun"):
+        check_exact(task, (images[0].float(), labels[0]), plan)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_same_model_without_mixing_is_accepted():
+    plan = BatchPlan(2, 4)
+    task = syncbn.convert(Classifier(Mixing("nothing"), CLASSES))
+    simulate(task, plan)
+    images, labels = draw(plan)
+    check_exact(task, (images[0].float(), labels[0]), plan)
+
+
+@pytest.mark.parametrize("arm", ["bn", "syncbn", "pairs"])
+def test_rows_in_another_order_are_refused(arm):
+    plan = BatchPlan(2, 4)
+    norm, options = ARMS[arm]
+    task = syncbn.convert(Classifier(PerPatch(images_first=False), CLASSES), norm, **options)
+    simulate(task, plan)
+    images, labels = draw(plan)
+    with pytest.raises(ValueError, match=r"input of net.norm does not keep the images"):
+        check_exact(task, (images[0].float(), labels[0]), plan)
+
+
+def test_a_segmentation_net_and_one_value_per_image():
+    plan = BatchPlan(1, 4)
+    task = syncbn.convert(Classifier(UNet(CLASSES, 3, width=4), CLASSES))  # its bottom has one value per image
+    simulate(task, plan)
+    labels = torch.zeros(4, 8, 8, dtype=torch.int64)
+    check_exact(task, (draw(plan)[0][0].float(), labels), plan)
+    plain = Classifier(UNet(CLASSES, 3, width=4), CLASSES)
+    simulate(plain, plan)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        plain.train()(draw(plan)[0][0].float())
+
+
+def test_another_number_of_rows_later_is_refused():
+    task = make("resnet", "bn")
+    simulate(task, BatchPlan(2, 4))
+    with pytest.raises(ValueError, match=r"got \(9, 4, 8, 8\) of 9 images; use engine=torchrun"):
+        task.train()(torch.zeros(9, 3, 8, 8, dtype=torch.float64))
+
+
+def test_groups_that_do_not_divide():
+    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group=3)
+    with pytest.raises(ValueError, match=r"groups of 3 do not divide 4 ranks; choose one of \[1, 2, 4\]"):
+        simulate(task, BatchPlan(2, 4))
