@@ -17,7 +17,15 @@ from syncbn.experiment.task import Classifier
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "launch" / "train.py"
 SMALL = ["data.num_train=160", "data.num_val=21", "data.num_test=37", "model.width=8", "trainer.log_every_n_steps=1"]
+CONF_NORMS = sorted(path.stem for path in (ROOT / "conf" / "norm").glob("*.yaml"))
 FILES = {"config.yaml", "run.json", "results.json", "csv/metrics.csv", "checkpoints/last.ckpt"}
+
+
+class Own(torch.nn.GroupNorm):
+    """A norm that conf/norm does not know."""
+
+    def __init__(self, num_features):
+        super().__init__(1, num_features)
 
 
 def launch(folder, *arguments, num_ranks=1, timeout=120):
@@ -121,6 +129,25 @@ def test_bad_input_ends_before_training(here, overrides, error, message):
         load_train().main(composed(*sizes, *overrides))
     assert not (here / "outputs").exists()
     assert not torch.distributed.is_initialized()
+
+
+def test_an_audit_prints_and_does_not_train(here, capsys):
+    load_train().main(composed(*SMALL, "+norm=syncbn", "simulate=4", "data.per_rank_batch_size=1", "audit=true"))
+    shown = capsys.readouterr().out
+    assert "net" not in shown.split()[0]
+    assert all(name in shown for name in ("shortcut", "SyncBatchNorm"))
+    assert not (here / "outputs").exists()
+
+
+def test_a_norm_of_the_users_own(here):
+    own = "{_target_: test_launch.Own, _partial_: true}"
+    for norm in (
+        f"+norm={{_target_: syncbn.lightning.NormConverter, norm: {own}}}",
+        "+norm={_target_: test_launch.Own}",
+    ):
+        load_train().main(composed(*SMALL, norm, "trainer.max_steps=1"))
+    arms = {json.loads((run / "results.json").read_text())["arm"] for run in (here / "outputs").iterdir()}
+    assert arms == {"NormConverter", "Own"}
 
 
 def test_a_group_size_that_does_not_divide_the_ranks(here, monkeypatch):

@@ -1,0 +1,140 @@
+"""The four kinds of statistics, against computations by hand, on real and on simulated ranks."""
+
+import json
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from test_launch import CONF_NORMS, composed, launch, load_train, only_run
+from torch import nn
+from torch.nn import functional as F
+
+from syncbn.experiment.batches import BatchPlan, Draw, World
+from syncbn.experiment.evaluate import MODES, NUM_PRECISE
+
+SIZES = ["data.num_train=200", "data.num_val=0", "data.num_test=60", "model.width=4"]
+FLOAT64 = [*SIZES, "trainer.precision=64-true", "trainer.max_epochs=1", "trainer.log_every_n_steps=1"]
+ALL = f"evaluate=[{','.join(MODES)}]"
+
+
+def weights(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def simulated(folder, monkeypatch, *overrides):
+    """Run in this process; returns the run's folder and results."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    load_train().main(composed(*overrides))
+    return only_run(folder)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYNCBN_CACHE", str(tmp_path / "cache"))
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def agree(tmp_path, monkeypatch, num_ranks, *overrides):
+    """Assert that real ranks and one process give the same weights, statistics and evaluations."""
+    settings = [*FLOAT64, ALL, "task.lr_rule=constant", *overrides]
+    run, results = simulated(tmp_path / "simulated", monkeypatch, *settings, f"simulate={num_ranks}")
+    (tmp_path / "real").mkdir()
+    done = launch(tmp_path / "real", *settings, num_ranks=num_ranks, timeout=240)
+    assert done.returncode == 0, done.stderr
+    real_run, real = only_run(tmp_path / "real")
+    torch.testing.assert_close(weights(run), weights(real_run), rtol=1e-9, atol=1e-9)
+    for name in ("num_steps", "lr", "global_batch_size", "per_rank_batch_size", "world_size", "accumulate"):
+        assert results[name] == real[name], name
+    assert results["evaluations"].keys() == real["evaluations"].keys() == set(MODES)
+    for mode in MODES:
+        assert results["evaluations"][mode] == pytest.approx(real["evaluations"][mode], rel=1e-5), mode
+    return results
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
+def test_real_and_simulated_ranks_agree(tmp_path, monkeypatch):
+    sizes = ["data.per_rank_batch_size=3", "data.accumulate=2"]
+    results = agree(tmp_path, monkeypatch, 2, "+norm=bn", *sizes)
+    losses = [r["test_loss"] for r in results["evaluations"].values()]
+    assert len({round(loss, 6) for loss in losses}) == 4  # four different statistics
+    assert results["evaluations"]["batch"]["num_test"] == 60
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
+@pytest.mark.parametrize("norm", CONF_NORMS)
+def test_every_arm_agrees(tmp_path, monkeypatch, norm):
+    agree(tmp_path, monkeypatch, 4, f"+norm={norm}", "data.per_rank_batch_size=2", "data.accumulate=3")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
+@pytest.mark.parametrize("norm", ["bn", "syncbn"])
+def test_segmentation_agrees(tmp_path, monkeypatch, norm):
+    scenes = ["data=digit_scenes", "model=unet", "task=segmentation", "data.per_rank_batch_size=2"]
+    agree(tmp_path, monkeypatch, 2, *scenes, f"+norm={norm}", "data.accumulate=2")
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
+def test_each_kind_by_hand(tmp_path, monkeypatch):
+    """From the checkpoint alone, with nn.BatchNorm: W=2 ranks of 3 images, test images left over at the end."""
+    plan = BatchPlan(3, 2)
+    sizes = ["data.per_rank_batch_size=3", "data.num_test=62", "trainer.max_steps=9"]
+    run, results = simulated(tmp_path / "run", monkeypatch, *FLOAT64, *sizes, "+norm=bn", "simulate=2", ALL)
+    config = composed(*FLOAT64, *sizes)
+    data = instantiate(config.data, _partial_=True)(world=World(), seed=config.seed)
+    data.load()
+    net = instantiate(config.model, num_classes=10, in_channels=3).double()
+    net.load_state_dict({k.removeprefix("net."): v for k, v in weights(run).items() if k.startswith("net.")})
+
+    def test_images(indices):
+        images, labels = data.splits.test[Draw(indices, 0)]
+        return data.normalize(images).double(), labels
+
+    def loss(indices):
+        images, labels = test_images(indices)
+        return F.cross_entropy(net.eval()(images), labels).item()
+
+    everything, measured = list(range(62)), results["evaluations"]
+    assert measured["rank0"]["test_loss"] == pytest.approx(loss(everything), rel=1e-5)
+    assert measured["rank0"]["num_test"] == 62
+
+    shuffled = torch.randperm(62, generator=torch.Generator().manual_seed(0)).tolist()[:60]
+    net.train()
+    losses = [
+        F.cross_entropy(net(x), y).item() for x, y in (test_images(shuffled[i : i + 3]) for i in range(0, 60, 3))
+    ]
+    assert measured["batch"]["test_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert measured["batch"]["num_test"] == 60
+
+    layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    inputs = {layer: [] for layer in layers}
+    hooks = [layer.register_forward_pre_hook(lambda m, args: inputs[m].append(args[0].detach())) for layer in layers]
+    num = min(NUM_PRECISE, 200) // (plan.per_rank_batch_size * plan.world_size) * 6
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(config.seed))[:num]
+    images = data.normalize(data.splits.train[Draw(order.tolist(), 0)][0]).double()
+    for part in images.split(3):
+        net.train()(part)
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:
+        x = torch.cat(inputs[layer])
+        layer.running_mean.copy_(x.mean((0, 2, 3)))
+        layer.running_var.copy_(x.var((0, 2, 3)))
+    assert measured["precise"]["test_loss"] == pytest.approx(loss(everything), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["evaluate=[]", "evaluate=[rank1]", "evaluate=[rank0,ema]"])
+def test_unknown_kinds(tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="expected evaluate to be a list of rank0, averaged, precise, batch"):
+        load_train().main(composed(wrong))
+
+
+def test_results_of_a_norm_without_statistics(tmp_path, monkeypatch, recwarn):
+    sizes = [*SIZES, "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
+    _, results = simulated(tmp_path / "run", monkeypatch, *sizes, "+norm=ln", ALL)
+    assert len({json.dumps(results["evaluations"][mode]) for mode in MODES}) == 1
+    assert not [w for w in recwarn if "syncbn" in str(w.message)]
