@@ -1,0 +1,218 @@
+"""Statistics of the comparison, against formulas written by hand and numbers from published tables."""
+
+import csv
+import io
+import math
+import random
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from syncbn.experiment.comparison import answer, files, settings, statistics, table
+from syncbn.experiment.comparison.points import Points
+
+T = {2: 12.7062, 3: 4.30265, 5: 2.77645}  # Student's t at 97.5 % for n - 1 degrees of freedom, from tables
+
+
+def cell(arm="bn", batch=1, seed=0, error=0.1, world_size=4, **others):
+    evaluation = {"test_error": error, "test_loss": 1.0, "train_error": 0.02, "num_test": 1000}
+    row = {
+        "cell": f"{arm}-w{world_size}-p{batch}-s{seed}",
+        "status": "done",
+        "reason": None,
+        "arm": arm,
+        "label": arm,
+        "per_rank_batch_size": batch,
+        "world_size": world_size,
+        "group_size": None,
+        "seed": seed,
+        "engine": "simulate",
+        "isolate": "accumulate",
+        "score": "accuracy",
+        "device": "cpu",
+        "lr": 0.1,
+        "evaluations": {"rank0": evaluation},
+        "curve": {"step": [10, 20], "loss": [2.0, 1.0]},
+        "seconds": 10.0,
+        "versions": {"torch": "2.14.1"},
+        "command": f"python launch/train.py +norm={arm}",
+    }
+    return {**row, **others}
+
+
+def cells(errors):
+    """Make cells from `{(arm, batch): [error of seed 0, of seed 1, ...]}`."""
+    return [
+        cell(arm, batch, seed, error) for (arm, batch), values in errors.items() for seed, error in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.3], [0.04, 0.05, 0.09], [1.0, 2.0, 4.0, 8.0, 16.0]])
+def test_the_interval_is_students(values):
+    found = statistics.mean_interval(values)
+    n, mean = len(values), sum(values) / len(values)
+    half = T[n] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    np.testing.assert_allclose(
+        [found.mean, found.half, found.lower, found.upper], [mean, half, mean - half, mean + half], rtol=1e-5
+    )
+    assert found.n == n
+
+
+def test_one_value_has_no_interval():
+    assert statistics.mean_interval([0.25]) == statistics.Interval(0.25, None, 1)
+    assert statistics.mean_interval([0.25]).lower is None
+    with pytest.raises(ValueError, match="one value or more"):
+        statistics.mean_interval([])
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    found = [statistics.mean_interval(rng.normal(0.3, 0.02, 3)) for _ in range(2000)]
+    covered = np.mean([i.lower <= 0.3 <= i.upper for i in found])
+    assert abs(covered - 0.95) < 0.02  # 4 standard deviations of 2000 draws
+
+
+def test_the_paired_test_uses_common_seeds_only():
+    found = statistics.paired({0: 0.30, 1: 0.20, 2: 0.25, 7: 0.9}, {2: 0.05, 1: 0.04, 0: 0.06, 8: 0.9})
+    differences = np.array([0.24, 0.16, 0.20])
+    t = differences.mean() / (differences.std(ddof=1) / math.sqrt(3))
+    p = 1 - t / math.sqrt(2 + t**2)  # two-sided, in closed form for two degrees of freedom
+    np.testing.assert_allclose([found.interval.mean, found.p], [0.2, p], rtol=1e-9)
+    assert found.interval.n == 3
+    assert statistics.paired({0: 0.1}, {1: 0.1}) is None
+    assert statistics.paired({0: 0.1}, {0: 0.3}).p is None
+
+
+@pytest.mark.parametrize(("shift", "n", "p"), [(0.0, 3, 1.0), (0.1, 3, 0.25), (0.1, 8, 2 / 256), (1e-8, 3, 1.0)])
+def test_equal_differences_are_judged_by_the_sign_test(shift, n, p):
+    values = {seed: 0.1 * seed for seed in range(n)}
+    found = statistics.paired({seed: value + shift for seed, value in values.items()}, values)
+    assert found.p == p
+    assert found.interval.half == 0
+
+
+def test_holm_by_hand():
+    # 0.01 * 4, 0.02 * 3, then 0.03 * 2 and 0.04 * 1 may not fall below the one before
+    assert statistics.holm([0.04, 0.01, None, 0.03, 0.02]) == pytest.approx([0.06, 0.04, None, 0.06, 0.06])
+    assert statistics.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert statistics.holm([]) == []
+    assert [statistics.verdict(p) for p in (0.04, 0.05, None)] == ["yes", "not shown", "needs 2 seeds or more"]
+
+
+def test_differences_are_paired_at_equal_ranks_and_batch():
+    rows = cells({("bn", 1): [0.30, 0.33, 0.36], ("syncbn", 1): [0.04, 0.05, 0.06], ("gn", 1): [0.05, 0.04]})
+    rows += [cell("bn", 2, 0, 0.2), cell("syncbn", 4, 0, 0.2), cell("bn", 4, 0, 0.1, world_size=8)]
+    lines = Points.of(rows).differences()
+    assert [(line.label, line.batch, line.interval.n) for line in lines] == [("bn", 1, 3), ("gn", 1, 2)]
+    bn, gn = lines
+    np.testing.assert_allclose([bn.interval.mean, gn.interval.mean], [0.28, 0.0], atol=1e-12)
+    assert bn.corrected == pytest.approx(2 * bn.p)
+    assert (bn.verdict, gn.verdict) == ("yes", "not shown")
+
+
+def test_the_order_of_rows_changes_nothing_and_a_cell_counts_once():
+    rows = cells({("syncbn", 2): [0.1, 0.2], ("bn", 1): [0.3, 0.4], ("mine", 1): [0.5, 0.6], ("a", 1): [0.5, 0.6]})
+    points = Points.of(rows)
+    assert points.labels == ["bn", "syncbn", "a", "mine"]
+    shuffled = rows[::-1]
+    random.Random(0).shuffle(shuffled)
+    assert Points.of(shuffled) == points
+    again = Points.of([*rows, cell("bn", 1, 0, 0.9)])
+    assert again.values("bn", 4, 1, "rank0") == {0: 0.9, 1: 0.4}
+    assert Points.of([*rows, cell("bn", 1, 0, 0.9, cell="other")]).num_replaced == 1
+
+
+def test_what_is_no_number_is_left_out_and_said():
+    rows = cells({("bn", 1): [0.1, None, float("nan")], ("bn", 2): [0.1]})
+    rows[3]["evaluations"] = {"batch": {"test_error": 0.2}}
+    points = Points.of(rows)
+    assert points.values("bn", 4, 1, "rank0") == {0: 0.1}
+    assert points.mean("bn", 4, 2, "rank0") is None
+    assert points.modes == ["rank0", "batch"]
+    [said] = settings.warnings(points, missing=0)
+    assert "2 cells: bn-w4-p1-s1, bn-w4-p1-s2" in said
+
+
+SMALL, LARGE, FLAT = [0.30, 0.32, 0.34], [0.04, 0.05, 0.045], [0.04, 0.051, 0.044]
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ({1: SMALL, 8: LARGE}, "bn degrades at small batches: its test error is 27.5 points higher at 1 image"),
+        ({1: FLAT, 8: LARGE}, "bn does not degrade at small batches, within 2 points"),
+        ({1: LARGE, 8: SMALL}, "bn is better at small batches"),
+        ({1: [0.1, 0.2, 0.1], 8: LARGE}, "No change of bn with the batch is shown, but 3 seeds cannot exclude"),
+        ({1: [0.3, 0.3], 8: [0.1, 0.1]}, "No change of bn with the batch is shown, but 2 seeds"),  # no spread
+        ({1: [0.3], 8: [0.1]}, "Whether bn changes with the batch cannot be told from one seed"),
+        ({1: [0.3]}, "bn was run at one batch size"),
+        ({1: [None], 8: [0.1]}, "bn has no seed finished both at 1 and at 8"),
+    ],
+)  # fmt: skip
+def test_the_answer_follows_the_numbers(errors, words):
+    [sentences] = answer.answer(Points.of(cells({("bn", batch): e for batch, e in errors.items()}))).values()
+    assert sentences[0].startswith(words)
+    assert sentences[1] == "syncbn has no finished cell, so nothing can be told about it."
+
+
+def test_the_answer_compares_with_syncbn_at_the_smallest_batch():
+    errors = {
+        ("bn", 1): SMALL,
+        ("bn", 8): LARGE,
+        ("syncbn", 1): FLAT,
+        ("syncbn", 8): LARGE,
+        ("gn", 1): [0.06, 0.05, 0.04],
+    }
+    [sentences] = answer.answer(Points.of(cells(errors))).values()
+    assert sentences[1].startswith("syncbn stays near its large-batch error, within 2 points")
+    assert "at 1 image per rank bn has 27.5 points more test error than syncbn" in sentences[3]
+    assert "this is real" in sentences[3]
+    assert "that this is real is not shown" in sentences[4]
+    assert answer.answer(Points.of([])) == {"": ["No cell has finished, so nothing can be told."]}
+
+
+def test_mixed_missing_and_failed_cells_are_said():
+    rows = [cell(seed=0), cell(seed=1, device="cuda:0", versions={"torch": "2.13.0"})]
+    failed = {"cell": "x", "status": "failed", "reason": "ValueError: no", "arm": "bn", "command": "c"}
+    said = "\n".join(settings.warnings(Points.of([*rows, failed]), missing=3))
+    for text in (
+        "3 cells of the grid are missing",
+        "1 cell failed and is in no figure",
+        "cpu in 1 cell, cuda:0 in 1 cell",
+    ):
+        assert text in said
+    assert "different versions of torch: 2.13.0 in 1 cell, 2.14.1 in 1 cell" in said
+    assert settings.warnings(Points.of(rows[:1]), missing=0) == []
+    assert ("Seeds", "n = 2: 0, 1") in settings.settings(Points.of(rows))
+
+
+def test_csv_reads_back():
+    rows = [
+        *cells({("bn", 1): [0.1, 0.2]}),
+        cell('<b>"x",\n', 2, 0, None),
+        {"cell": "y", "status": "failed", "reason": "no"},
+    ]
+    lines = list(csv.DictReader(io.StringIO(files.results_csv(rows))))
+    assert [line["arm"] for line in lines] == ["bn", "bn", '<b>"x",\n', ""]
+    assert [line["evaluations.rank0.test_error"] for line in lines] == ["0.1", "0.2", "", ""]
+    assert lines[0]["curve.loss"] == "2.0 1.0"
+    assert lines[3]["reason"] == "no"
+    [line] = csv.DictReader(io.StringIO(files.summary_csv(Points.of(rows))))
+    assert (line["label"], line["mode"], line["n"]) == ("bn", "rank0", "2")
+    numbers = [float(line[name]) for name in ("test_error", "test_error_lower", "test_error_upper", "train_error")]
+    np.testing.assert_allclose(numbers, [0.15, 0.15 - T[2] * 0.05, 0.15 + T[2] * 0.05, 0.02], rtol=1e-5)
+
+
+def test_the_terminal_table():
+    def printed(rows):
+        console = Console(width=100, file=io.StringIO())
+        table.print_table(rows, console)
+        return console.file.getvalue()
+
+    shown = printed(cells({("bn", 1): SMALL, ("syncbn", 1): FLAT, ("[b]x", 1): [0.1]}))
+    for text in ("32.0 ±5.0", "n = 3", "+27.5 ±4.", "yes", "[b]x", "n = 1", "4 ranks: test error in %"):
+        assert text in shown
+    assert "difference" not in printed(cells({("bn", 1): SMALL}))
+    assert "x: [no]" in printed([{"cell": "x", "status": "failed", "reason": "[no]"}])
+    assert printed([]) == "No cell has finished.\n"
