@@ -1,9 +1,9 @@
-# make train | make test | make test-slow: each sets up .venv by itself; a second call does not install again.
+# make train | make compare | make test | make test-slow: each sets up .venv by itself; a second call does not install again.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-slow
+.PHONY: setup train compare test test-slow
 setup: $(READY)
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -13,6 +13,9 @@ $(READY): pyproject.toml .ci/constraints.txt
 
 train: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 launch/train.py +norm=syncbn
+
+compare: $(READY)
+	$(BIN)/python launch/compare.py 'per_rank_batch_sizes=[1,2,8]' output_dir=outputs/compare-small
 
 test: $(READY)
 	$(BIN)/ruff check

@@ -54,6 +54,7 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
             bias=layer.bias is not None,
             track_per_split=True,
         )
+        self._non_persistent_buffers_set |= {"split_running_mean", "split_running_var"}
         self.split_size = split_size
         self.num_images: int | None = None  # in the batch of the running forward
         self.calls: list[tuple[Tensor, Tensor]] = []  # of the running forward
@@ -119,7 +120,6 @@ def simulate(model: nn.Module, plan: BatchPlan, node_size: int | None = None) ->
             new = SimulatedBatchNorm(layer, plan.world_size // size, plan.per_rank_batch_size * size)
             if syncbn.plan(layer, partial(_take, new))[0].to is not None:  # else check_exact sees what it does
                 syncbn.convert(layer, partial(_take, new))
-                layer._non_persistent_buffers_set |= {"split_running_mean", "split_running_var"}
     model.register_forward_pre_hook(_begin)
     model.register_forward_hook(_end)
 
