@@ -11,7 +11,7 @@ from . import functional
 
 _aten = torch.ops.aten
 # Below so many values per split, a call per split costs more than gathering the splits as channels (CPU, measured).
-_MIN_SPLIT = 16_384
+_MIN_SPLIT = 40_000
 
 
 class GhostBatchNorm(_BatchNorm):
@@ -92,15 +92,15 @@ class GhostBatchNorm(_BatchNorm):
         if not self.training and self.running_mean is not None:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         tracks = self.training and self.track_running_stats and input.numel() > 0
-        mean = var = None
         num_splits = self._splits_of(input)
+        batch = None
         if tracks:
             assert self.running_mean is not None
-            mean, var = self.running_mean.new_zeros(2, num_splits, self.num_features)
-        y = ghost_batch_norm(input, num_splits, self.weight, self.bias, self.eps, mean, var)
-        if mean is not None and var is not None:
+            batch = self.running_mean.new_zeros(2, num_splits, self.num_features)
+        y = ghost_batch_norm(input, num_splits, self.weight, self.bias, self.eps, batch)
+        if batch is not None:
             with torch.no_grad():
-                self._track(mean, var)
+                self._track(batch)
         return y
 
     def _splits_of(self, x: Tensor) -> int:
@@ -115,17 +115,17 @@ class GhostBatchNorm(_BatchNorm):
             )
         return self.num_splits
 
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics towards those of the splits, ``(num_splits, C)`` each."""
+    def _track(self, batch: Tensor) -> None:
+        """Move the running statistics towards the means and unbiased variances, ``(2, num_splits, C)``."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        factor = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+        factor = 1 / self.num_batches_tracked.to(batch.dtype) if self.momentum is None else self.momentum
+        for running, average in zip((self.running_mean, self.running_var), batch.mean(1), strict=True):
             assert running is not None
-            running.lerp_(batch.mean(0), factor)
+            running.lerp_(average, factor)
         if self.track_per_split:
-            self.split_running_mean.lerp_(mean, factor)
-            self.split_running_var.lerp_(var, factor)
+            self.split_running_mean.lerp_(batch[0], factor)
+            self.split_running_var.lerp_(batch[1], factor)
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments."""
@@ -138,8 +138,7 @@ def ghost_batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> Tensor:
     """Normalize each of ``num_splits`` consecutive parts of ``x`` by its own statistics.
 
@@ -149,90 +148,82 @@ def ghost_batch_norm(
         weight: ``(C,)`` or None for 1.
         bias: ``(C,)`` or None for 0.
         eps: Added to the variance under the root.
-        mean: ``(num_splits, C)``, finite, to write the means to, or None.
-        var: ``(num_splits, C)``, finite, to write the unbiased variances to, or None.
+        batch: Zeros ``(2, num_splits, C)`` to write the means and unbiased variances to, or None.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``x``.
     """
-    parameters = [tensor for tensor in (weight, bias, mean) if tensor is not None]
+    parameters = [tensor for tensor in (weight, bias, batch) if tensor is not None]
     is_large = x.device.type == "cpu" and x.numel() >= max(1, _MIN_SPLIT * num_splits)
     same = x.dtype in (torch.float32, torch.float64) and all(p.dtype == x.dtype for p in parameters)
     if is_large and same and _is_dense(x) and not torch.compiler.is_compiling():
-        y, batch_mean, batch_var = _BySlices.apply(x, num_splits, weight, bias, eps)
-        if mean is not None and var is not None:
-            mean.copy_(batch_mean)
-            var.copy_(batch_var)
-        return y  # type: ignore[no-any-return]
-    return _as_channels(x, num_splits, weight, bias, eps, mean, var)
+        y: Tensor = _BySlices.apply(x, num_splits, weight, bias, eps, batch)
+        return y
+    return _as_channels(x, num_splits, weight, bias, eps, batch)
 
 
 def _as_channels(
-    x: Tensor,
-    num_splits: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    mean: Tensor | None,
-    var: Tensor | None,
+    x: Tensor, num: int, weight: Tensor | None, bias: Tensor | None, eps: float, batch: Tensor | None
 ) -> Tensor:
     """Gather the splits as channels, ``(N / S, S * C, *)``, for one call of F.batch_norm; autograd sees all of it."""
-    num, rows = num_splits, x.shape[0] // num_splits
+    rows = x.shape[0] // num
     weight, bias = (None if p is None else p.repeat(num) for p in (weight, bias))
     # momentum 1: the "running" statistics become those of the batch
-    running_mean, running_var = (None if s is None else s.view(-1) for s in (mean, var))
+    mean, var = (None, None) if batch is None else batch.view(2, -1)
     if _is_channels_last(x):
         *positions, channels = x.movedim(1, -1).shape[1:]
         parts = x.movedim(1, -1).reshape(num, rows, *positions, channels).movedim(0, -2)  # (N / S, *, S, C)
         joined = parts.reshape(rows, *positions, num * channels).movedim(-1, 1)
-        y = F.batch_norm(joined, running_mean, running_var, weight, bias, True, 1.0, eps)
-        return (
-            y.movedim(1, -1).reshape(parts.shape).movedim(-2, 0).reshape(len(x), *positions, channels).movedim(-1, 1)
-        )
+        y = F.batch_norm(joined, mean, var, weight, bias, True, 1.0, eps)
+        y = y.movedim(1, -1).reshape(parts.shape).movedim(-2, 0)
+        return y.reshape(len(x), *positions, channels).movedim(-1, 1)
     parts = x.reshape(num, rows, *x.shape[1:]).transpose(0, 1)  # (N / S, S, C, *)
     joined = parts.reshape(rows, num * x.shape[1], *x.shape[2:])
-    y = F.batch_norm(joined, running_mean, running_var, weight, bias, True, 1.0, eps)
+    y = F.batch_norm(joined, mean, var, weight, bias, True, 1.0, eps)
     return y.reshape(parts.shape).transpose(0, 1).reshape(x.shape)
 
 
 class _BySlices(torch.autograd.Function):
-    """A native call per split that reads and writes in place: no copy of the batch. Returns y, means, variances."""
+    """A native call per split that reads and writes in place: no copy of the batch."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, num_splits: int, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        num_splits: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        batch: Tensor | None,
+    ) -> Tensor:
         y = torch.empty_like(x)
-        saved_mean, saved_invstd, mean, var = x.new_zeros(4, num_splits, x.shape[1])
+        mean, invstd = saved = x.new_empty(2, num_splits, x.shape[1])
+        running = [[None] * num_splits] * 2 if batch is None else batch
         chunks = x.chunk(num_splits), y.chunk(num_splits)
-        for x_s, y_s, *out, mean_s, var_s in zip(*chunks, saved_mean, saved_invstd, mean, var, strict=True):
-            named = dict(zip(("out", "save_mean", "save_invstd"), (y_s, *out), strict=True))
-            _aten.native_batch_norm.out(x_s, weight, bias, mean_s, var_s, True, 1.0, eps, **named)
-        ctx.save_for_backward(x, weight, bias, saved_mean, saved_invstd)
+        for x_s, y_s, mean_s, invstd_s, m, v in zip(*chunks, mean, invstd, *running, strict=True):
+            out = {"out": y_s, "save_mean": mean_s, "save_invstd": invstd_s}
+            _aten.native_batch_norm.out(x_s, weight, bias, m, v, True, 1.0, eps, **out)
+        ctx.save_for_backward(x, weight, bias, saved)
         ctx.num_splits, ctx.eps = num_splits, eps
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        return y, mean, var
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd = ctx.saved_tensors
-        if dy is None:
-            return None, None, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: let autograd see plain operators
             inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
-            y = _as_channels(x, ctx.num_splits, weight, bias, ctx.eps, None, None)
+            y = _as_channels(x, ctx.num_splits, weight, bias, ctx.eps, None)
             grads = dict(zip(map(id, inputs), torch.autograd.grad(y, inputs, dy, create_graph=True), strict=True))
-            return grads.get(id(x)), None, grads.get(id(weight)), grads.get(id(bias)), None
+            return grads.get(id(x)), None, grads.get(id(weight)), grads.get(id(bias)), None, None
         dx = torch.empty_like(x)
         dy = dy.contiguous(memory_format=_memory_format(x))
         sums = x.new_empty(2, ctx.num_splits, x.shape[1])  # of dy * xhat and dy
         chunks = (t.chunk(ctx.num_splits) for t in (x, dy, dx))
-        for x_s, dy_s, dx_s, mean_s, invstd_s, dweight_s, dbias_s in zip(*chunks, mean, invstd, *sums, strict=True):
-            saved = (weight, None, None, mean_s, invstd_s, True, ctx.eps, [True, True, True])
-            _aten.native_batch_norm_backward.out(dy_s, x_s, *saved, out0=dx_s, out1=dweight_s, out2=dbias_s)
+        for x_s, dy_s, dx_s, mean_s, invstd_s, dweight_s, dbias_s in zip(*chunks, *saved, *sums, strict=True):
+            known = (weight, None, None, mean_s, invstd_s, True, ctx.eps, [True, True, True])
+            _aten.native_batch_norm_backward.out(dy_s, x_s, *known, out0=dx_s, out1=dweight_s, out2=dbias_s)
         dweight, dbias = sums.sum(1)
-        return dx, None, None if weight is None else dweight, None if bias is None else dbias, None
+        return dx, None, None if weight is None else dweight, None if bias is None else dbias, None, None
 
 
 def _is_channels_last(x: Tensor) -> bool:

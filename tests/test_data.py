@@ -1,5 +1,6 @@
 """The data module: batches of indices in, normalized images out, shared over the ranks."""
 
+import pytest
 import torch
 
 from syncbn.experiment.batches import Draw, World
@@ -47,3 +48,37 @@ def test_validation_is_left_out_where_there_is_none(tmp_path):
     data = DigitsOnPhotos(str(tmp_path), 70, 0, 30, mean=[0.5] * 3, std=[0.25] * 3)
     data.load()
     assert data.val_dataloader() == []
+
+
+def test_an_image_is_augmented_alike_on_every_rank():
+    def noisy(image):
+        return image + torch.randint(100, image.shape, dtype=torch.uint8)
+
+    dataset = ImageSet(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), torch.arange(5), noisy)
+    state = torch.get_rng_state()
+    whole = dataset[Draw([0, 1, 2, 3], 7)][0]
+    torch.manual_seed(1)
+    parts = [dataset[Draw(indices, 7)][0] for indices in ([2, 3], [0], [1])]
+    assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), whole)
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(dataset[Draw([0], 8)][0][0], whole[0])  # another epoch
+    torch.set_rng_state(state)
+    dataset[Draw([0], 7)]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_statistics_come_from_the_same_images_at_any_world_size(tmp_path):
+    sizes = {"per_rank_batch_size": 2}
+    ranks = [small(tmp_path, world=World(rank, 2, 2), **sizes) for rank in range(2)]
+    simulated = small(tmp_path, world=World(simulate=2), accumulate=2, **sizes)
+    read = [torch.cat([images for images, _ in part.statistics_batches(22)]) for part in (*ranks, simulated)]
+    assert [len(images) for images in read] == [10, 10, 20]
+    assert torch.equal(torch.cat(read[:2]).sum(0), read[2].sum(0))
+    assert torch.equal(read[2][:2], read[0][:2])
+
+
+def test_statistics_of_the_batch_need_one_whole_batch(tmp_path):
+    data = small(tmp_path, world=World(simulate=4), per_rank_batch_size=8)
+    data.eval_in_training_batches = True
+    with pytest.raises(ValueError, match="statistics of the batch need 8 x 4 images, got 30"):
+        data.test_dataloader()

@@ -57,7 +57,7 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
         self._non_persistent_buffers_set |= {"split_running_mean", "split_running_var"}
         self.split_size = split_size
         self.num_images: int | None = None  # in the batch of the running forward
-        self.calls: list[tuple[Tensor, Tensor]] = []  # of the running forward
+        self.calls: list[Tensor] = []  # of the running forward
         if layer.running_mean is not None:
             self.load_state_dict(dict(layer.named_buffers()), strict=False)
 
@@ -82,14 +82,14 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
             )
         return num_splits
 
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Keep the statistics of one call, `(k * num_splits, C)` each, until the whole model has run."""
-        self.calls.append((mean, var))
+    def _track(self, batch: Tensor) -> None:
+        """Keep the statistics of one call, `(2, k * num_splits, C)`, until the whole model has run."""
+        self.calls.append(batch)
 
     def catch_up(self) -> None:
         """Move every group's statistics as the ranks do: by one accumulated batch after the other, call by call."""
         assert self.num_batches_tracked is not None
-        calls = [torch.stack(call).view(2, -1, self.num_splits, self.num_features) for call in self.calls]
+        calls = [call.view(2, -1, self.num_splits, self.num_features) for call in self.calls]
         self.calls.clear()
         for batch in (call[:, i] for i in range(calls[0].shape[1] if calls else 0) for call in calls):
             self.num_batches_tracked.add_(1)
