@@ -38,7 +38,7 @@ from syncbn.experiment.simulate import check_exact, simulate
 from syncbn.experiment.task import Task
 from syncbn.lightning import NormConverter
 
-NUM_AUDITED = 512  # training images
+NUM_AUDITED, PIXELS_AUDITED = 512, 2**23  # training images, or as few as keep the memory of the forward in bounds
 TIMEOUT = timedelta(minutes=5)  # of a collective: a rank that waits longer has lost its peers
 
 
@@ -46,9 +46,9 @@ def build(config: DictConfig, world: World) -> tuple[ImageData, Task]:
     """Make data and task, and find every mistake in the configuration, before any process group exists."""
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"expected ckpt_path to be a checkpoint to resume, found no file {config.ckpt_path}")
-    check_modes(config.evaluate)
     data: ImageData = make(config.data, _partial_=True)(world=world, seed=config.seed)
     data.load()
+    check_modes(config.evaluate, data)
     L.seed_everything(config.seed, workers=True, verbose=False)
     example = data.example()
     net = make(config.model, num_classes=data.num_classes, in_channels=example.shape[1])
@@ -68,7 +68,8 @@ def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> li
     converter = arms.make_converter(config.norm)
     if world.simulate is None:
         if isinstance(converter, NormConverter):
-            arms.apply(converter, copy.deepcopy(task), world.num_ranks)
+            with torch.random.fork_rng():  # a norm may draw its parameters; the real conversion draws the same
+                arms.apply(converter, copy.deepcopy(task), world.num_ranks)
         return [] if converter is None else [converter]
     arms.apply(converter, task, world.num_ranks)
     simulate(task, data.plan, config.node_size)
@@ -80,9 +81,10 @@ def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> li
 def audit(config: DictConfig, data: ImageData, task: Task) -> str:
     """Audit the model as the arm makes it, on training images."""
     arms.apply(arms.make_converter(config.norm), task, data.plan.world_size)
-    num_images = min(NUM_AUDITED, len(data.splits.train))
+    share = data.plan.per_rank_batch_size * data.plan.world_size
+    num_images = max(4 * share, min(NUM_AUDITED, PIXELS_AUDITED // data.example()[0].numel()))
     sizes = {"per_rank_batch_size": data.plan.per_rank_batch_size, "world_size": data.plan.world_size}
-    return str(syncbn.audit(task.net, data.sample(num_images), **sizes))
+    return str(syncbn.audit(task.net, data.sample(min(num_images, len(data.splits.train))), **sizes))
 
 
 def make_trainer(
@@ -101,7 +103,7 @@ def make_trainer(
         accumulate_grad_batches=1 if world.simulate else accumulate,  # joined batches hold all of a step
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        logger=make(config.logger, save_dir=str(folder)) if config.logger else False,
+        logger=make(config.logger, save_dir=str(folder)),
         callbacks=[checkpoint, Timer(), Statistics(), *callbacks],
         default_root_dir=str(folder),
         enable_model_summary=False,

@@ -85,13 +85,24 @@ class GhostBatchNorm(_BatchNorm):
             self.split_running_mean.zero_()
             self.split_running_var.fill_(1)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        """Load; a state without statistics per split, such as nn.BatchNorm's, gives every split the same."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        for name in ("running_mean", "running_var") if self.track_per_split else ():
+            key = f"{prefix}split_{name}"
+            if key not in state_dict and f"{prefix}{name}" in state_dict:
+                self._buffers[f"split_{name}"].copy_(self._buffers[name])  # type: ignore[union-attr,arg-type]
+                missing[:] = [other for other in missing if other != key]
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""
         parameter = self.running_mean if self.weight is None else self.weight
         functional.check_input(input, self.num_features, parameter)
         if not self.training and self.running_mean is not None:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        tracks = self.training and self.track_running_stats and input.numel() > 0
+        tracks = self.training and self.track_running_stats
         num_splits = self._splits_of(input)
         batch = None
         if tracks:
@@ -100,7 +111,7 @@ class GhostBatchNorm(_BatchNorm):
         y = ghost_batch_norm(input, num_splits, self.weight, self.bias, self.eps, batch)
         if batch is not None:
             with torch.no_grad():
-                self._track(batch)
+                self._track(batch, is_empty=input.numel() == 0)
         return y
 
     def _splits_of(self, x: Tensor) -> int:
@@ -115,10 +126,12 @@ class GhostBatchNorm(_BatchNorm):
             )
         return self.num_splits
 
-    def _track(self, batch: Tensor) -> None:
+    def _track(self, batch: Tensor, is_empty: bool) -> None:
         """Move the running statistics towards the means and unbiased variances, ``(2, num_splits, C)``."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
+        if is_empty:
+            return
         factor = 1 / self.num_batches_tracked.to(batch.dtype) if self.momentum is None else self.momentum
         for running, average in zip((self.running_mean, self.running_var), batch.mean(1), strict=True):
             assert running is not None
@@ -184,7 +197,7 @@ def _as_channels(
 
 
 class _BySlices(torch.autograd.Function):
-    """A native call per split that reads and writes in place: no copy of the batch."""
+    """A native call per split; forward reads and writes in place, backward copies dx once."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,5 @@
 """The data module: batches of indices in, normalized images out, shared over the ranks."""
 
-import pytest
 import torch
 
 from syncbn.experiment.batches import Draw, World
@@ -75,10 +74,3 @@ def test_statistics_come_from_the_same_images_at_any_world_size(tmp_path):
     assert [len(images) for images in read] == [10, 10, 20]
     assert torch.equal(torch.cat(read[:2]).sum(0), read[2].sum(0))
     assert torch.equal(read[2][:2], read[0][:2])
-
-
-def test_statistics_of_the_batch_need_one_whole_batch(tmp_path):
-    data = small(tmp_path, world=World(simulate=4), per_rank_batch_size=8)
-    data.eval_in_training_batches = True
-    with pytest.raises(ValueError, match="statistics of the batch need 8 x 4 images, got 30"):
-        data.test_dataloader()

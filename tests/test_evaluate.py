@@ -133,6 +133,14 @@ def test_unknown_kinds(tmp_path, monkeypatch, wrong):
         load_train().main(composed(wrong))
 
 
+def test_too_few_images_are_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = [*SIZES, "simulate=4", "data.per_rank_batch_size=16"]
+    with pytest.raises(ValueError, match="statistics of the batch needs 16 x 4 images, got 60"):
+        load_train().main(composed(*sizes, ALL))
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_results_of_a_norm_without_statistics(tmp_path, monkeypatch, recwarn):
     sizes = [*SIZES, "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
     _, results = simulated(tmp_path / "run", monkeypatch, *sizes, "+norm=ln", ALL)

@@ -133,6 +133,13 @@ def test_eval_and_state_dict_are_those_of_batchnorm():
     assert torch.equal(layer.running_var, torch.ones(3))
     keys = syncbn.GhostBatchNorm(3, 4, track_per_split=True).state_dict().keys()
     assert keys - plain.state_dict().keys() == {"split_running_mean", "split_running_var"}
+    per_split = syncbn.GhostBatchNorm(3, 4, track_per_split=True)
+    per_split.load_state_dict(plain.state_dict())
+    assert torch.equal(per_split.split_running_mean, plain.running_mean.repeat(4, 1))
+    twin = syncbn.GhostBatchNorm(3, 4, track_per_split=True)
+    per_split.split_running_var[2] = 7
+    twin.load_state_dict(per_split.state_dict())
+    assert twin.split_running_var[:, 0].tolist() == [*twin.running_var[:1].repeat(2).tolist(), 7, twin.running_var[0]]
 
 
 def test_without_running_statistics_eval_splits_too():
@@ -159,7 +166,7 @@ def test_an_empty_batch_moves_nothing():
     layer = syncbn.GhostBatchNorm(3, 2)
     y = layer(torch.empty(0, 3, 4, 4))
     assert y.shape == (0, 3, 4, 4)
-    assert layer.num_batches_tracked == 0
+    assert layer.num_batches_tracked == 1  # as nn.BatchNorm counts it
     assert torch.equal(layer.running_var, torch.ones(3))
 
 

@@ -190,6 +190,81 @@ class Renorm(nn.modules.batchnorm._BatchNorm):
         return (input - input.mean((0, 2, 3), keepdim=True)) / (1 + input.std())
 
 
+def test_a_users_batchnorm_with_its_own_forward_is_not_taken_for_a_plain_one():
+    class Half(nn.BatchNorm2d):
+        def forward(self, input):
+            return 0.5 * super().forward(input) + 0.5 * input
+
+    class Small(nn.BatchNorm2d):
+        def reset_parameters(self):
+            super().reset_parameters()
+            nn.init.constant_(self.weight, 0.1)
+
+    plan = BatchPlan(2, 4)
+    images, labels = draw(plan)
+    own = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), Half)
+    simulate(own, plan)
+    with pytest.raises(ValueError, match="use engine=torchrun"):
+        check_exact(own, (images[0].float(), labels[0]), plan)
+    small = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), Small)
+    simulate(small, plan)
+    check_exact(small, (images[0].float(), labels[0]), plan)
+    assert isinstance(small.net[1], SimulatedBatchNorm)
+
+
+class Keeping(nn.Module):
+    """Do what the check must find though the gradients agree."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        norm = nn.InstanceNorm2d(3, track_running_stats=True) if how == "instance statistics" else nn.Identity()
+        self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), norm)
+        self.head = nn.Linear(3, CLASSES)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if "checkpoint" in self.how:
+            y = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant="reentrant" in self.how)
+        elif self.how == "keyword":
+            y = self.inner[1](input=self.inner[0](x))
+        else:
+            y = self.inner(x)
+        if self.how == "counter":
+            self.seen += 1
+        logits = self.head(y.mean((2, 3)))
+        return logits.float() @ torch.eye(CLASSES) if self.how == "float32" else logits
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("checkpoint", "activation checkpointing"),
+        ("reentrant checkpoint", "the check in float64 failed"),
+        ("instance statistics", "training moves net.inner.2.running_mean"),
+        ("counter", "training moves net.seen"),
+        ("float32", None),
+        ("keyword", None),
+    ],
+)
+def test_what_the_ranks_would_keep_apart_is_refused(how, message):
+    plan = BatchPlan(2, 4)
+    images, labels = draw(plan)
+    task = Classifier(Keeping(how), CLASSES)
+    simulate(task, plan)
+    if message is None:
+        check_exact(task, (images[0].float(), labels[0]), plan)
+        return
+    with pytest.raises(ValueError, match=rf"cannot simulate.*{message}.*use engine=torchrun"):
+        check_exact(task, (images[0].float(), labels[0]), plan)
+
+
+def test_layers_without_running_statistics_are_refused():
+    task = Classifier(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), CLASSES)
+    with pytest.raises(ValueError, match=r"cannot simulate net.0: without running statistics.*use engine=torchrun"):
+        simulate(task, BatchPlan(2, 4))
+
+
 REFUSED = ["dropout", "centred batch", "sorted", "selected", "attention over the batch", "unknown norm"]
 
 

@@ -188,13 +188,8 @@ class ImageData(L.LightningDataModule, ABC):
             world = self.world
             return self._loader(dataset, eval_batches(indices, self.eval_batch_size, world.rank, world.world_size))
         shuffle = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
-        batches = self.plan.deal(torch.tensor(list(indices))[shuffle], self._dealt_to)
-        if not batches:
-            raise ValueError(
-                f"statistics of the batch need {self.plan.per_rank_batch_size} x {self.plan.world_size} images, "
-                f"got {len(indices)}: leave 'batch' out of evaluate, or take more images"
-            )
-        return self._loader(dataset, FixedBatches(batches))
+        shuffled = torch.tensor(list(indices))[shuffle]
+        return self._loader(dataset, FixedBatches(self.plan.deal(shuffled, self._dealt_to)))
 
     def _loader(self, dataset: ImageSet, batches: Sampler[Draw]) -> DataLoader[Batch]:
         # batch_size=None: the sampler's draws go to the dataset whole, so nothing is collated

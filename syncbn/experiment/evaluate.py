@@ -28,11 +28,18 @@ NUM_PRECISE = 2048  # training images for the precise statistics
 Layers = dict[str, _BatchNorm]
 
 
-def check_modes(modes: Sequence[str]) -> None:
-    """Refuse modes that do not exist, and none at all."""
+def check_modes(modes: Sequence[str], data: ImageData | None = None) -> None:
+    """Refuse modes that do not exist, none at all, and one that `data` has too few images for."""
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown or not modes:
         raise ValueError(f"expected evaluate to be a list of {', '.join(MODES)}, got {list(modes)}")
+    if data is not None and "batch" in modes:
+        plan, num_images = data.plan, min(len(data.splits.test), len(data.train_eval_indices))
+        if num_images < plan.per_rank_batch_size * plan.world_size:
+            raise ValueError(
+                f"evaluate with statistics of the batch needs {plan.per_rank_batch_size} x {plan.world_size} images, "
+                f"got {num_images}: leave 'batch' out of evaluate, or take more images"
+            )
 
 
 def evaluate(trainer: L.Trainer, task: Task, data: ImageData, modes: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -105,7 +112,8 @@ class Statistics(L.Callback):
 
     def _batches(self, trainer: L.Trainer) -> Iterator[Any]:
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in data.statistics_batches(NUM_PRECISE):
+        num_images = max(NUM_PRECISE, data.plan.per_rank_batch_size * data.plan.world_size)
+        for batch in data.statistics_batches(num_images):
             images, _ = trainer.strategy.batch_to_device(batch)  # normalizes, too
             yield images
 

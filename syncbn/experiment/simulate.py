@@ -14,18 +14,20 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
+from syncbn.batchnorm import SyncBatchNormAct
 from syncbn.experiment.batches import BatchPlan
 from syncbn.experiment.task import Task
 
 Batch = tuple[Tensor, Tensor]
 INSTEAD = "use engine=torchrun (for launch/train.py: torchrun --nproc-per-node, without simulate)"
+_FORWARDS = {cls.forward for cls in (_BatchNorm, nn.SyncBatchNorm, syncbn.SyncBatchNorm, SyncBatchNormAct)}
 TOLERANCE = 1e-8  # relative, between float64 computations of the same numbers: rounding is below 1e-12
 
 
@@ -61,13 +63,6 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
         if layer.running_mean is not None:
             self.load_state_dict(dict(layer.named_buffers()), strict=False)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load rank 0's statistics into every rank, as DDP does."""
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.track_per_split:
-            for name in ("running_mean", "running_var"):
-                getattr(self, f"split_{name}").copy_(getattr(self, name))
-
     def _splits_of(self, x: Tensor) -> int:
         num_images = self.num_images or len(x)
         num_splits, rest = divmod(num_images, self.split_size)
@@ -82,7 +77,7 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
             )
         return num_splits
 
-    def _track(self, batch: Tensor) -> None:
+    def _track(self, batch: Tensor, is_empty: bool) -> None:
         """Keep the statistics of one call, `(2, k * num_splits, C)`, until the whole model has run."""
         self.calls.append(batch)
 
@@ -114,12 +109,16 @@ def simulate(model: nn.Module, plan: BatchPlan, node_size: int | None = None) ->
     Raises:
         ValueError: a group that cannot be simulated, or does not divide the ranks.
     """
-    for layer in list(model.modules()):
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, syncbn.GhostBatchNorm):
+    for name, layer in list(model.named_modules()):
+        if _is_known(layer):  # check_exact finds out whether what is not known matters
+            if layer.running_mean is None:
+                raise ValueError(
+                    f"cannot simulate {name}: without running statistics it evaluates by the batch, whose size is "
+                    f"the rank's; {INSTEAD}"
+                )
             size = _group_size(layer, plan.world_size, node_size or plan.world_size)
             new = SimulatedBatchNorm(layer, plan.world_size // size, plan.per_rank_batch_size * size)
-            if syncbn.plan(layer, partial(_take, new))[0].to is not None:  # else check_exact sees what it does
-                syncbn.convert(layer, partial(_take, new))
+            syncbn.convert(layer, partial(_take, new))
     model.register_forward_pre_hook(_begin)
     model.register_forward_hook(_end)
 
@@ -140,6 +139,15 @@ def _end(model: nn.Module, args: Any, output: Any) -> None:
 
 def _take(module: nn.Module, num_features: int) -> nn.Module:
     return module
+
+
+def _is_known(layer: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether `layer` is a BatchNorm whose forward does nothing but normalize, and perhaps activate as timm's do."""
+    return (
+        isinstance(layer, _BatchNorm)
+        and (type(layer).forward in _FORWARDS or type(layer).__module__ == "timm.layers.norm_act")
+        and syncbn.plan(layer, partial(_take, nn.Identity()))[0].to is not None
+    )
 
 
 def _group_size(layer: _BatchNorm, world_size: int, node_size: int) -> int:
@@ -174,10 +182,14 @@ def check_exact(task: Task, batch: Batch, plan: BatchPlan) -> None:
     for layer in layers.values():
         layer.eval()
     images, labels = batch[0].double(), batch[1]
+    others = {name: (b, b.clone()) for name, b in twin.named_buffers() if name.rpartition(".")[0] not in layers}
     with _random_state_restored() as has_drawn:
         joined = _run(twin, layers, (images, labels))
         if has_drawn():
             raise ValueError(f"cannot simulate a model that is random per rank (such as by dropout); {INSTEAD}")
+    for name, (now, before) in others.items():
+        if not torch.equal(now, before):
+            raise ValueError(f"cannot simulate: training moves {name}, which would be each rank's own; {INSTEAD}")
     parts = list(zip(*(torch.split(t, plan.per_rank_batch_size) for t in (images, labels)), strict=True))
     grads = [torch.zeros_like(grad) for grad in joined[1]]
     for index, part in enumerate(parts):
@@ -201,16 +213,22 @@ def _run(task: Task, layers: dict[str, SimulatedBatchNorm], batch: Batch) -> tup
     """Return the inputs of every call of the layers, by name, and the gradients of all parameters."""
     inputs: Inputs = {name: [] for name in layers}
 
-    def keep(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs[name].append(args[0].detach())
+    def keep(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[name].append([*args, *kwargs.values()][0].detach())
 
-    hooks = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(keep, n), with_kwargs=True) for n, layer in layers.items()]
     try:
         parameters = [p for p in task.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(task.loss(batch), parameters, allow_unused=True, materialize_grads=True)
+        loss = task.loss(batch)
+        num_calls = sum(map(len, inputs.values()))
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    except Exception as error:
+        raise ValueError(f"cannot simulate: the check in float64 failed ({error}); {INSTEAD}") from error
     finally:
         for hook in hooks:
             hook.remove()
+    if sum(map(len, inputs.values())) > num_calls:
+        raise ValueError(f"cannot simulate activation checkpointing, which runs normalizations twice; {INSTEAD}")
     return inputs, list(grads)
 
 
