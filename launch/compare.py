@@ -35,9 +35,35 @@ from syncbn.experiment.known_warnings import ignore_known_warnings
 
 def made_with(config: DictConfig) -> dict[str, str]:
     """Tell what results of this process depend on beside the grid."""
-    on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     names = ("python", "syncbn", *report.PACKAGES)
-    return {**{k: v for k, v in report.versions().items() if k in names}, "device": "cpu" if on_cpu else "cuda"}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = next(
+        (name for name, is_there in there.items() if is_there and config.trainer.accelerator != "cpu"), "cpu"
+    )
+    return {**{k: v for k, v in report.versions().items() if k in names}, "device": device}
+
+
+def search_folders() -> list[str]:
+    """List the folders with configurations that the command line added."""
+    sources = [source for source in HydraConfig.get().runtime.config_sources if "command-line" in source.provider]
+    return [f"{s.schema}://{Path(s.path).absolute() if s.schema == 'file' else s.path}" for s in sources]
+
+
+def check_resumable(results: Results, cells: Sequence[Cell], todo: Sequence[Cell]) -> None:
+    """Refuse to add to results that do not compare with what would be added."""
+    if todo and results.others:
+        raise ValueError(
+            f"{results.path} holds results made with {' and '.join(results.others)}; here it is otherwise, and "
+            "mixed results do not compare: set output_dir, or use those versions. Nothing was changed"
+        )
+    for cell in cells:
+        row = results.rows.get(cell.id, {})
+        norm = row.get("norm", cell.norm)
+        if row.get("status") == "done" and norm != cell.norm:
+            raise ValueError(
+                f"{results.path} holds results of another arm {cell.arm!r}, {norm}; here it is {cell.norm}: "
+                "set output_dir, or give the new arm a file of its own name. Nothing was changed"
+            )
 
 
 def finish(results: Results, cells: Sequence[Cell], folder: Path, console: Console) -> int:
@@ -57,18 +83,15 @@ def main(config: DictConfig) -> None:
     """Run the cells that have no result yet, then report."""
     ignore_known_warnings()
     console = Console()
-    shared = shared_overrides(HydraConfig.get().overrides.task)
+    shared = shared_overrides(HydraConfig.get().overrides.task, search_folders())
     cells = make_cells(config, shared)
     num_processes = max(cell.world_size for cell in cells) if config.engine == "torchrun" else 1
-    share = Share.of_machine(num_processes, config.jobs)
-    folder = Path(config.output_dir)
-    with Results(folder / "results.jsonl", base_config(config, shared), made_with(config)) as results:
+    versions = made_with(config)
+    share = Share.of_machine(num_processes, config.jobs, versions["device"])
+    folder = Path(str(config.output_dir))
+    with Results(folder / "results.jsonl", base_config(config, shared), versions) as results:
         todo = [cell for cell in cells if results.rows.get(cell.id, {}).get("status") != "done"]
-        if todo and results.others:
-            raise ValueError(
-                f"{results.path} holds results made with {' and '.join(results.others)}; here it is otherwise, and "
-                "mixed results do not compare: set output_dir, or use those versions. Nothing was changed"
-            )
+        check_resumable(results, cells, todo)
         for cell in todo:
             results.rows.pop(cell.id, None)  # failed before: the report waits for the new try
         for note in results.notes:
@@ -77,8 +100,13 @@ def main(config: DictConfig) -> None:
         def finished(row: dict[str, Any]) -> None:
             results.append({**row, "isolate": config.isolate})
 
-        with closing(run_cells(todo, config.engine, folder, share, finished)) as running:
-            watch(running, cells, results.rows, share.jobs, console)
+        try:
+            with closing(run_cells(todo, config.engine, folder, share, finished)) as running:
+                watch(running, cells, results.rows, console)
+        except KeyboardInterrupt:
+            num_done = sum(cell.id in results.rows for cell in cells)
+            console.print(f"stopped with {num_done} of {len(cells)} cells done; the same command goes on")
+            sys.exit(130)
         num_failed = finish(results, cells, folder, console)
     if num_failed:
         sys.exit(1)

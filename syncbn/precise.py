@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 
 from . import kernels
@@ -53,13 +54,14 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
         ``model`` itself; with a warning, and without running a batch, if there is no layer to update.
 
     Raises:
-        ValueError: If a batch is of another kind and ``forward`` is not given; for an input of other channels than
+        ValueError: For a lazy layer; if a batch is of another kind and ``forward`` is not given; for an input of other channels than
             the layer's; on every rank alike, if no rank has a batch.
     """
+    found = _layers(model)
     with _kept(model):
         if not model.training:
             model.train()
-        layers = {name: layer for name, layer in _layers(model).items() if layer.training}
+        layers = {name: layer for name, layer in found.items() if layer.training}
         sums = {name: _zeros(layer) for name, layer in layers.items()}
         num_batches = _measure(model, layers, sums, batches, forward or run_first) if layers else 0
     if not layers:
@@ -101,10 +103,11 @@ def average_bn_stats(model: M) -> M:
 
 def run_first(model: nn.Module, batch: Any) -> Any:
     """Run ``model`` on a tensor, or on the first item of a tuple or list."""
-    if not isinstance(batch, Tensor | tuple | list):
+    if not isinstance(batch, Tensor | tuple | list) or (isinstance(batch, tuple | list) and not batch):
         raise ValueError(
-            f"update_bn_stats: expected every batch to be a tensor, a tuple or a list, got {type(batch).__name__}; "
-            "pass forward, called as forward(model, batch)."
+            "update_bn_stats: expected every batch to be a tensor, or a tuple or list that begins with the input, got "
+            f"{'nothing in a ' if batch == () or batch == [] else ''}{type(batch).__name__}; pass forward, called as "
+            "forward(model, batch)."
         )
     x = batch if isinstance(batch, Tensor) else batch[0]
     if isinstance(x, Tensor):
@@ -155,6 +158,9 @@ def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    lazy = [name for name, layer in model.named_modules() if isinstance(layer, LazyModuleMixin)]
+    if lazy:
+        raise ValueError(f"the lazy layers {', '.join(lazy)} do not know their shapes yet: run one batch first.")
     return {
         name: layer
         for name, layer in model.named_modules()

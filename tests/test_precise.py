@@ -497,3 +497,17 @@ def test_only_fits_are_touched_and_only_one_loader_is_taken(tmp_path):
         fit(0, 1, str(tmp_path), [PreciseStatistics()], Two())
     with pytest.raises(ValueError, match="at least 1, got 0"):
         PreciseStatistics(0)
+
+
+@pytest.mark.parametrize("empty", [(), []])
+def test_an_empty_tuple_or_list_is_no_batch(empty):
+    with pytest.raises(ValueError, match=f"got nothing in a {type(empty).__name__}; pass forward"):
+        syncbn.update_bn_stats(nn.Sequential(nn.BatchNorm1d(2)), [empty])
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_layers_are_named():
+    model = nn.Sequential(nn.LazyBatchNorm1d())
+    for run in (lambda: syncbn.update_bn_stats(model, [torch.ones(2, 3)]), lambda: syncbn.average_bn_stats(model)):
+        with pytest.raises(ValueError, match="the lazy layers 0 do not know their shapes yet: run one batch first"):
+            run()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra import compose
@@ -17,6 +18,7 @@ AXES = ("arms", "per_rank_batch_sizes", "world_sizes", "group_sizes", "seeds")
 ENGINES = ("simulate", "torchrun")
 ISOLATE = ("accumulate", "linear", "sqrt", "none")
 GROUPS = ("data", "model", "task", "trainer", "logger")  # whose overrides go to every cell
+OTHERS = ("engine", "isolate", "node_size", "evaluate", "jobs", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Cell:
     seed: int
     accumulate: int
     overrides: tuple[str, ...]
+    norm: dict[str, Any] = field(default_factory=dict, compare=False)  # what the arm's file says
 
     @property
     def label(self) -> str:
@@ -44,13 +47,24 @@ class Cell:
 
     def place(self) -> dict[str, Any]:
         """Give the coordinates, as a row of the results has them."""
-        names = ("arm", "label", "per_rank_batch_size", "world_size", "group_size", "seed", "accumulate")
+        names = ("arm", "label", "per_rank_batch_size", "world_size", "group_size", "seed", "accumulate", "norm")
         return {"cell": self.id, **{name: getattr(self, name) for name in names}}
 
 
-def shared_overrides(overrides: Sequence[str]) -> list[str]:
-    """Pick the overrides of the command line that every cell gets: those of the groups of launch/train.py."""
-    return [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in GROUPS]
+def shared_overrides(overrides: Sequence[str], folders: Sequence[str] = ()) -> list[str]:
+    """Pick the overrides of the command line that every cell gets: those of the groups of launch/train.py.
+
+    Args:
+        overrides: Of the command line.
+        folders: More folders with configurations, such as the user's own arms.
+    """
+    search = [f"hydra.searchpath=[{','.join(map(quoted, folders))}]"] if folders else []
+    return search + [o for o in overrides if re.split("[=.@]", o.lstrip("+~"), maxsplit=1)[0] in GROUPS]
+
+
+def quoted(text: str) -> str:
+    """Quote a string for Hydra's grammar, where a backslash counts only before a quote."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
 
 
 def make_cells(config: DictConfig, shared: Sequence[str]) -> list[Cell]:
@@ -61,22 +75,17 @@ def make_cells(config: DictConfig, shared: Sequence[str]) -> list[Cell]:
             that do not divide the ranks. All of them are listed.
     """
     _check_settings(config)
-    arms = {arm: _arm(arm, shared) for arm in config.arms}
-    cells, problems = [], []
-    axes = (config.seeds, config.world_sizes, config.per_rank_batch_sizes, arms)
+    norms = {arm: _norm(arm, shared) for arm in config.arms}
+    cells, problems = list[Cell](), list[str]()
+    axes = (config.seeds, config.world_sizes, config.per_rank_batch_sizes, norms)
     for seed, world_size, per_rank, arm in itertools.product(*axes):
-        for group_size in config.group_sizes if arms[arm] is not None else [None]:
-            problem = _group_problem(arm, arms[arm] if group_size is None else group_size, world_size)
-            accumulate, rest = divmod(config.data.global_batch_size, per_rank * world_size)
-            if config.isolate != "accumulate":
-                accumulate, rest = 1, 0
-            if rest or not accumulate:
-                problem = _batch_problem(config.data.global_batch_size, per_rank, world_size)
-            if problem is not None:
-                problems.append(problem)
-                continue
+        accumulate = 1 if config.isolate != "accumulate" else config.data.global_batch_size // (per_rank * world_size)
+        synchronizes = norms[arm].get("norm") == "syncbn"
+        for group_size in config.group_sizes if synchronizes else [None]:
+            norm = norms[arm] if group_size is None else {**norms[arm], "process_group": group_size}
             place = (arm, per_rank, world_size, group_size, seed, accumulate)
-            cells.append(Cell(*place, tuple(_overrides(config, shared, *place))))
+            cells.append(Cell(*place, tuple(_overrides(config, shared, *place)), norm))
+            problems += _problems(config, cells[-1])
     if problems:
         raise ValueError("\n  ".join(["the grid has cells that cannot be run:", *dict.fromkeys(problems)]))
     return list({cell.id: cell for cell in cells}.values())
@@ -93,18 +102,21 @@ def base_config(config: DictConfig, shared: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_settings(config: DictConfig) -> None:
-    for axis in AXES:
+    unknown = [str(name) for name in config if name not in (*AXES, *GROUPS, *OTHERS)]
+    if unknown:
+        raise ValueError(
+            f"no setting of a comparison: {', '.join(unknown)}. Expected {', '.join((*AXES, *OTHERS))}, or one of "
+            f"{', '.join(GROUPS)}; another norm is another file in conf/norm, and then in arms=[...]"
+        )
+    for axis in (*AXES, "evaluate"):
         values = config[axis]
         if not OmegaConf.is_list(values) or not len(values):
             raise ValueError(f"the grid is empty: expected {axis} to be a list of at least one value, got {values!r}")
     for name, choices in (("engine", ENGINES), ("isolate", ISOLATE)):
         if config[name] not in choices:
             raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {config[name]!r}")
-    for axis in ("per_rank_batch_sizes", "world_sizes", "seeds"):
-        wrong = [v for v in config[axis] if isinstance(v, bool) or not isinstance(v, int) or v < (axis != "seeds")]
-        if wrong:
-            raise ValueError(f"expected whole numbers in {axis}, at least {int(axis != 'seeds')}, got {wrong}")
     check_modes(config.evaluate)
+    _check_numbers(config)
     if config.data.per_rank_batch_size is not None or config.data.accumulate != 1:
         raise ValueError(
             "data.per_rank_batch_size and data.accumulate belong to the cells: set per_rank_batch_sizes=[...], and "
@@ -112,29 +124,54 @@ def _check_settings(config: DictConfig) -> None:
         )
 
 
-def _arm(arm: str, shared: Sequence[str]) -> Any:
-    """Return the group of an arm that synchronizes ("world" for all ranks), None for the others."""
-    choices = GlobalHydra.instance().config_loader().get_group_options("norm")
+def _check_numbers(config: DictConfig) -> None:
+    for axis in ("per_rank_batch_sizes", "world_sizes", "seeds"):
+        least = 0 if axis == "seeds" else 1
+        wrong = [value for value in config[axis] if not _is_whole(value, least)]
+        if wrong:
+            raise ValueError(f"expected whole numbers in {axis}, at least {least}, got {wrong}")
+    wrong = [size for size in config.group_sizes if size not in (None, "node") and not _is_whole(size)]
+    if wrong:
+        raise ValueError(f"expected group_sizes to be numbers of ranks, node, or null for the arm's own, got {wrong}")
+    if not _is_whole(config.data.global_batch_size):
+        got = config.data.global_batch_size
+        raise ValueError(f"expected data.global_batch_size to be a whole number of at least 1, got {got!r}")
+    if config.node_size is not None and (config.engine != "simulate" or not _is_whole(config.node_size)):
+        raise ValueError(
+            "expected node_size to be a number of ranks, at least 1, and with engine=simulate alone: real ranks are "
+            f"on the node they are on; got {config.node_size!r} with engine={config.engine}"
+        )
+
+
+def _is_whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _norm(arm: str, shared: Sequence[str]) -> dict[str, Any]:
+    """Read the file of an arm."""
+    choices = GlobalHydra.instance().config_loader().get_group_options("norm", overrides=[*shared])
     if arm not in choices:
         raise ValueError(f"unknown arm {arm!r}: expected files of conf/norm, which are {', '.join(sorted(choices))}")
-    norm = compose("train", [*shared, f"+norm={arm}"]).norm
-    return (norm.get("process_group") or "world") if norm.get("norm") == "syncbn" else None
+    norm = OmegaConf.to_container(compose("train", [*shared, f"+norm={arm}"]).norm)
+    assert isinstance(norm, dict)
+    return {str(key): value for key, value in norm.items()}
 
 
-def _group_problem(arm: str, group: Any, world_size: int) -> str | None:
-    if not isinstance(group, int) or world_size % group == 0:
-        return None
-    choices = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    return f"{arm}: groups of {group} ranks do not divide world size {world_size}; choose one of {choices}"
-
-
-def _batch_problem(global_batch_size: int, per_rank: int, world_size: int) -> str:
-    reachable = [n for n in range(1, global_batch_size + 1) if global_batch_size % (n * world_size) == 0]
-    hint = f"per-rank batches that can: {reachable}" if reachable else "no per-rank batch can"
-    return (
-        f"{per_rank} images x {world_size} ranks cannot be accumulated to data.global_batch_size={global_batch_size}; "
-        f"{hint} (or isolate=linear, sqrt or none, which do not accumulate)"
-    )
+def _problems(config: DictConfig, cell: Cell) -> Iterator[str]:
+    group = cell.norm.get("process_group") if cell.norm.get("norm") == "syncbn" else None
+    if group == "node":
+        group = config.node_size
+    if isinstance(group, int) and (not _is_whole(group) or cell.world_size % group):
+        choices = [n for n in range(1, cell.world_size + 1) if cell.world_size % n == 0]
+        yield f"{cell.arm}: groups of {group} do not divide {cell.world_size} ranks; choose one of {choices}"
+    size, step = config.data.global_batch_size, cell.per_rank_batch_size * cell.world_size
+    if config.isolate == "accumulate" and size % step:
+        reachable = [n for n in range(1, size + 1) if size % (n * cell.world_size) == 0]
+        hint = f"per-rank batches that can: {reachable}" if reachable else "no per-rank batch can"
+        yield (
+            f"{cell.per_rank_batch_size} images x {cell.world_size} ranks cannot be accumulated to "
+            f"data.global_batch_size={size}; {hint} (or isolate=linear, sqrt or none, which do not accumulate)"
+        )
 
 
 def _overrides(

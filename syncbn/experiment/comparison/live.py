@@ -19,14 +19,13 @@ from syncbn.experiment.comparison.runner import Running
 Rows = Mapping[str, dict[str, Any]]
 
 
-def watch(running: Iterable[list[Running]], cells: Sequence[Cell], rows: Rows, jobs: int, console: Console) -> None:
+def watch(running: Iterable[list[Running]], cells: Sequence[Cell], rows: Rows, console: Console) -> None:
     """Draw a table while `running` yields; where the output is no terminal, print a line per finished cell.
 
     Args:
         running: What runs, a few times a second.
         cells: The grid.
         rows: The rows by cell id, growing while it runs.
-        jobs: Cells at once.
         console: To draw on.
     """
     before, told = set(rows), set(rows)
@@ -38,17 +37,19 @@ def watch(running: Iterable[list[Running]], cells: Sequence[Cell], rows: Rows, j
                 console.print(f"{done}/{len(cells)} {_outcome(row)}", markup=False, highlight=False, soft_wrap=True)
             fresh = [row["seconds"] for cell, row in rows.items() if cell not in before]
             if console.is_terminal:
-                live.update(Group(_matrix(cells, rows, now), _status(cells, rows, now, fresh, jobs)), refresh=True)
+                live.update(Group(_matrix(cells, rows, now), _status(cells, rows, now, fresh)), refresh=True)
 
 
 def _outcome(row: dict[str, Any]) -> str:
     if row["status"] == "failed":
         return f"{row['cell']}: failed: {row['reason']}"
-    return f"{row['cell']}: test error {100 * _error(row):.1f} %, {row['seconds']:.0f} s"
+    error = _error(row)
+    how = "no number" if error is None else f"{100 * error:.1f} %"
+    return f"{row['cell']}: test error {how}, {row['seconds']:.0f} s"
 
 
-def _error(row: dict[str, Any]) -> float:
-    first: dict[str, float] = next(iter(row["evaluations"].values()))
+def _error(row: dict[str, Any]) -> float | None:
+    first: dict[str, float | None] = next(iter(row["evaluations"].values()))
     return first["test_error"]
 
 
@@ -70,7 +71,8 @@ def _matrix(cells: Sequence[Cell], rows: Rows, running: Sequence[Running]) -> Ta
 def _entry(cells: Sequence[Cell], rows: Rows, running: Sequence[Running]) -> Text:
     found = [rows[cell.id] for cell in cells if cell.id in rows]
     done = [_error(row) for row in found if row["status"] == "done"]
-    text = Text(f"{100 * mean(done):.1f} % " if done else "")
+    errors = [error for error in done if error is not None]
+    text = Text(f"{100 * mean(errors):.1f} % " if errors else "")
     text.append(f"{len(done)}/{len(cells)}", style="dim")
     if len(done) < len(found):
         text.append(f" {len(found) - len(done)} failed", style="red")
@@ -79,13 +81,13 @@ def _entry(cells: Sequence[Cell], rows: Rows, running: Sequence[Running]) -> Tex
     return text
 
 
-def _status(cells: Sequence[Cell], rows: Rows, running: Sequence[Running], fresh: list[float], jobs: int) -> Text:
+def _status(cells: Sequence[Cell], rows: Rows, running: Sequence[Running], fresh: list[float]) -> Text:
     done = sum(cell.id in rows for cell in cells)
     active = ", ".join(f"{r.cell.id} {r.progress:.0%}" for r in running)
     known = fresh or [r.seconds / r.progress for r in running if r.progress > 0.05]
     left = ""
     if known:
         cells_left = len(cells) - done - sum(r.progress for r in running)
-        seconds = max(0.0, cells_left) * mean(known) / jobs
+        seconds = max(0.0, cells_left) * mean(known) / max(1, len(running))
         left = f", about {timedelta(seconds=round(seconds))} left"
     return Text(f"{done} of {len(cells)} cells done{left}; running: {active or 'none'}")

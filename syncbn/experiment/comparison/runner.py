@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,10 +22,13 @@ from typing import Any
 import torch
 
 from syncbn.experiment.cell import VARIABLE
-from syncbn.experiment.comparison.grid import Cell
+from syncbn.experiment.comparison.grid import Cell, quoted
 
 TRAIN = Path(__file__).parents[3] / "launch" / "train.py"
 CURVE_POINTS = 50  # of a training curve: means over equal parts of the training
+ERROR = re.compile(r"^((?:[\w.]+\.)?\w+(?:Error|Exception|Interrupt)\b.*(?:\n[ \t]+\S.*)*)$", re.MULTILINE)
+AROUND = re.compile(r"\x1b\[[\d;]*m|^\[rank\d+\]: ?", re.MULTILINE)  # colors, and torch's word for whose line it is
+CHAINED = ("direct cause of the following exception", "another exception occurred")
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,19 @@ class Share:
     num_gpus: int = 0
 
     @classmethod
-    def of_machine(cls, num_processes: int, jobs: int | None = None) -> Share:
+    def of_machine(cls, num_processes: int, jobs: int | None = None, device: str = "cpu") -> Share:
         """Use every core (or GPU) once.
 
         Args:
             num_processes: Of one cell.
             jobs: Cells at once; None for as many as there is room for.
+            device: That the cells run on: cpu or cuda.
         """
         if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
             raise ValueError(f"expected jobs to be a number of cells, at least 1, got {jobs!r}")
-        cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+        here = hasattr(os, "sched_getaffinity")  # not on macOS
+        cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
+        gpus = torch.cuda.device_count() if device == "cuda" else 0
         jobs = jobs or max(1, (gpus or cores) // num_processes)
         return cls(jobs, max(1, cores // (jobs * num_processes)), gpus)
 
@@ -106,7 +113,7 @@ def run_cells(
 def _start(cell: Cell, engine: str, root: Path, share: Share, slot: int) -> Running:
     folder = (root / "cells" / cell.id).absolute()
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier try
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     num_processes = cell.world_size if engine == "torchrun" else 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(share.num_threads), VARIABLE: str(folder / "progress")}
     if share.num_gpus:
@@ -117,7 +124,7 @@ def _start(cell: Cell, engine: str, root: Path, share: Share, slot: int) -> Runn
     arguments[arguments.index("launch/train.py")] = str(TRAIN)
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, *module, *arguments, f"output_dir={_quoted(folder)}"],
+            [sys.executable, *module, *arguments, f"output_dir={quoted(str(folder))}"],
             env=environment,
             stdin=subprocess.PIPE,  # ends when this process does, and the cell with it
             stdout=log,
@@ -126,13 +133,10 @@ def _start(cell: Cell, engine: str, root: Path, share: Share, slot: int) -> Runn
     return Running(cell, process, folder, slot)
 
 
-def _quoted(path: Path) -> str:
-    """Quote a path for Hydra's grammar."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()  # reaches the ranks, too
         process.terminate()
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
@@ -164,12 +168,21 @@ def _row(done: Running, engine: str) -> dict[str, Any]:
 
 
 def _reason(done: Running) -> str:
-    """Find the error in the log of a failed cell."""
-    log = (done.folder / "log.txt").read_text(errors="replace")
-    errors = re.findall(r"^(?:\[rank\d+\]: )?((?:[\w.]+\.)?\w+(?:Error|Exception|Interrupt)\b.*)$", log, re.MULTILINE)
-    errors = [error for error in errors if "ChildFailedError" not in error]
-    code = done.process.returncode
-    return f"{errors[0][:500] if errors else f'ended with code {code}'} (log: {done.folder / 'log.txt'})"
+    """Find the first error in the log of a failed cell; of errors that caused each other, the last."""
+    path = done.folder / "log.txt"
+    log = AROUND.sub("", path.read_text(errors="replace"))
+    errors = [error for error in ERROR.finditer(log) if "ChildFailedError" not in error[1]]
+    if not errors:
+        code = done.process.returncode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code} and no results"
+        lines = [line for line in log.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+        return f"{how}{f'; last words: {lines[-1][:300]}' if lines else ''} (log: {path})"
+    found = errors[0]
+    for error in errors[1:]:
+        if not any(words in log[found.end() : error.start()] for words in CHAINED):
+            break
+        found = error
+    return f"{' '.join(found[1].split())[:500]} (log: {path})"
 
 
 def _curve(path: Path) -> dict[str, list[float]]:

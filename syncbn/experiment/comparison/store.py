@@ -7,6 +7,7 @@ cell it was writing. JSON only: nothing in it is ever executed.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 Row = dict[str, Any]
+START = b'{"grid": {'  # of the first line
 
 
 class Results:
@@ -54,19 +56,25 @@ class Results:
         self._ends_whole = raw.endswith(b"\n") or not raw
         for number, line in enumerate(raw.splitlines(), 1):
             content = _parse(line)
+            if content is None and self._header is None and not (START.startswith(line) or line.startswith(START)):
+                raise self._foreign(number)
             if content is None:
                 where = f"{self.path.name}, line {number}"
-                self.notes.append(f"{where}: incomplete (a run was killed); its cell runs again")
+                self.notes.append(f"{where}: incomplete (a run was killed); what it held runs again")
             elif "grid" in content and self._header is None:
                 self._header = content
                 _check_same(content["grid"], grid, self.path)
-            elif self._header is None or "cell" not in content:
-                raise ValueError(f"{self.path}, line {number}: not a line of a comparison's results; set output_dir")
+            elif self._header is None or not isinstance(content.get("cell"), str) or "status" not in content:
+                raise self._foreign(number)
             else:
                 self.rows[content["cell"]] = content
 
+    def _foreign(self, number: int) -> ValueError:
+        return ValueError(f"{self.path}, line {number}: not a line of a comparison's results; set output_dir")
+
     def append(self, row: Row) -> None:
-        """Add a line and wait until it is on the disk."""
+        """Add a line and wait until it is on the disk; numbers that are not finite become null."""
+        row = _finite(row)
         line = json.dumps(row, allow_nan=False) + "\n"
         with self.path.open("ab") as file:
             file.write((b"" if self._ends_whole else b"\n") + line.encode())
@@ -91,6 +99,14 @@ def _parse(line: bytes) -> Row | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _differs(row: Row, made_with: Row) -> str | None:
