@@ -5,6 +5,7 @@
     python launch/compare.py data=digit_scenes model=unet task=segmentation per_rank_batch_sizes=[1,2]
     python launch/compare.py engine=torchrun world_sizes=[2]                   # real ranks instead of simulated ones
     python launch/compare.py group_sizes=[null,2] arms=[syncbn]                # also synchronized in pairs
+    python launch/compare.py --config-dir mine arms=[syncbn,own]               # an arm of your own: mine/norm/own.yaml
 
 Stopped at any moment, the same command goes on where it was. Results, report and logs lie in `output_dir`.
 """

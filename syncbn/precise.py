@@ -54,8 +54,8 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
         ``model`` itself; with a warning, and without running a batch, if there is no layer to update.
 
     Raises:
-        ValueError: For a lazy layer; if a batch is of another kind and ``forward`` is not given; for an input of other channels than
-            the layer's; on every rank alike, if no rank has a batch.
+        ValueError: For a lazy layer; if a batch is of another kind and ``forward`` is not given; for an input of
+            other channels than the layer's; on every rank alike, if no rank has a batch.
     """
     found = _layers(model)
     with _kept(model):

@@ -1,0 +1,247 @@
+"""The cells of a comparison: how many, what each runs, and every grid that cannot be run is refused."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from syncbn.experiment.comparison.grid import AXES, GROUPS, OTHERS, base_config, make_cells, quoted, shared_overrides
+from syncbn.lightning import NormConverter
+
+CONF = Path(__file__).parents[1] / "conf"
+COMMON = {"compare": {*AXES, *OTHERS}, "train": {"norm", "seed", "simulate", "audit", "ckpt_path"}}
+BOTH = {"node_size", "evaluate", "output_dir", *GROUPS}
+
+
+@pytest.fixture(autouse=True)
+def conf():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def grid(*overrides, folders=()):
+    """Make the cells as launch/compare.py does."""
+    shared = shared_overrides(overrides, folders)
+    return make_cells(compose("compare", overrides=list(overrides)), shared)
+
+
+def as_config(cell):
+    """Compose the configuration of the cell's own run."""
+    return compose("train", overrides=list(cell.overrides))
+
+
+def test_the_default_grid():
+    cells = grid()
+    places = [(c.seed, c.world_size, c.per_rank_batch_size, c.arm) for c in cells]
+    assert places == list(itertools.product([0, 1, 2], [4], [1, 2, 4, 8], ["bn", "syncbn", "gn"]))
+    assert {c.per_rank_batch_size * c.world_size * c.accumulate for c in cells} == {32}
+    assert len({c.id for c in cells}) == 36
+    assert {c.group_size for c in cells} == {None}
+    assert cells[1].id == "syncbn-w4-p1-s0"
+    assert cells[1].overrides == (
+        "+norm=syncbn",
+        "seed=0",
+        "data.per_rank_batch_size=1",
+        "data.accumulate=8",
+        "evaluate=[rank0,averaged,precise,batch]",
+        "simulate=4",
+    )
+
+
+def test_a_cells_overrides_are_its_place():
+    cells = grid(
+        "arms=[bn,syncbn_2,gn]", "world_sizes=[2,4]", "per_rank_batch_sizes=[2,4]", "seeds=[3]", "evaluate=[precise]"
+    )
+    assert len(cells) == 12
+    for cell in cells:
+        config = as_config(cell)
+        assert OmegaConf.to_container(config.norm) == cell.norm == cell.place()["norm"]
+        assert (config.seed, config.simulate, config.evaluate) == (3, cell.world_size, ["precise"])
+        assert config.data.per_rank_batch_size == cell.per_rank_batch_size
+        assert config.data.accumulate == cell.accumulate == 32 // cell.world_size // cell.per_rank_batch_size
+        assert config.task.lr_rule == "linear"
+
+
+def test_group_sizes_are_for_arms_that_synchronize_and_count_once():
+    cells = grid(
+        "arms=[bn,syncbn,syncbn_2,gn]", "group_sizes=[null,2,node,2]", "per_rank_batch_sizes=[1,1]", "seeds=[0]"
+    )
+    labels = [cell.label for cell in cells]
+    assert labels == [
+        "bn",
+        "syncbn",
+        "syncbn, groups of 2",
+        "syncbn, groups of node",
+        "syncbn_2",
+        "syncbn_2, groups of 2",
+        "syncbn_2, groups of node",
+        "gn",
+    ]
+    groups = [as_config(cell).norm.get("process_group", "no") for cell in cells]
+    assert groups == ["no", None, 2, "node", 2, 2, "node", "no"]
+    assert cells[2].id == "syncbn-g2-w4-p1-s0"
+    assert [cell.norm for cell in cells] == [OmegaConf.to_container(as_config(cell).norm) for cell in cells]
+
+
+@pytest.mark.parametrize(("isolate", "rule"), [("linear", "linear"), ("sqrt", "sqrt"), ("none", "constant")])
+def test_without_accumulation_the_learning_rate_follows(isolate, rule):
+    cells = grid(f"isolate={isolate}", "per_rank_batch_sizes=[3,100]", "seeds=[0]", "arms=[gn]")
+    assert [(c.accumulate, as_config(c).task.lr_rule) for c in cells] == [(1, rule)] * 2
+
+
+def test_torchrun_cells_do_not_simulate():
+    [cell] = grid("engine=torchrun", "arms=[bn]", "per_rank_batch_sizes=[4]", "world_sizes=[2]", "seeds=[0]")
+    assert as_config(cell).simulate is None
+    assert cell.accumulate == 4
+
+
+def test_simulated_nodes():
+    cells = grid("arms=[syncbn_node]", "node_size=2", "seeds=[0]")
+    assert {as_config(cell).node_size for cell in cells} == {2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        *((f"{axis}=[]", f"the grid is empty: expected {axis} to be a list") for axis in (*AXES, "evaluate")),
+        *((f"{axis}=bn", f"expected {axis} to be a list of at least one value, got 'bn'") for axis in AXES),
+        ("arms=null", "expected arms to be a list"),
+        ("evaluate=rank0", "expected evaluate to be a list"),
+        ("arms=[bn,batchnorm]", "unknown arm 'batchnorm': .* bn, frozen, gn, in, ln, none, syncbn, syncbn_2,"),
+        ("arms=[null]", "unknown arm None"),
+        ("per_rank_batch_sizes=[1,0]", r"per_rank_batch_sizes, at least 1, got \[0\]"),
+        ("per_rank_batch_sizes=[1.5]", r"got \[1.5\]"),
+        ("world_sizes=[true]", r"world_sizes, at least 1, got \[True\]"),
+        ("seeds=[-1,x]", r"seeds, at least 0, got \[-1, 'x'\]"),
+        ("group_sizes=[0,all,2.0,true]", r"group_sizes .* null for the arm's own, got \[0, 'all', 2.0, True\]"),
+        ("per_rank_batch_sizes=[1,3,16]", r"3 images x 4 ranks cannot be .*=32; .*: \[1, 2, 4, 8\] \(or isolate="),
+        ("per_rank_batch_sizes=[1,3,16]", r"\n  16 images x 4 ranks cannot"),
+        ("world_sizes=[3]", r"1 images x 3 ranks cannot be .* no per-rank batch can"),
+        ("arms=[bn,syncbn_4] world_sizes=[2]", r"syncbn_4: groups of 4 do not divide 2 ranks; choose one of \[1, 2\]"),
+        ("arms=[syncbn] group_sizes=[null,3]", r"syncbn: groups of 3 do not divide 4 ranks; .* \[1, 2, 4\]"),
+        ("arms=[syncbn_node] node_size=3", "syncbn_node: groups of 3 do not divide 4 ranks"),
+        ("node_size=0", "expected node_size to be a number of ranks, at least 1"),
+        ("node_size=2 engine=torchrun", "node_size .* engine=simulate alone"),
+        ("engine=mpi", "expected engine to be one of simulate, torchrun, got 'mpi'"),
+        ("isolate=lr", "expected isolate to be one of accumulate, linear, sqrt, none, got 'lr'"),
+        ("evaluate=[rank0,best]", "evaluate to be a list of rank0, averaged, precise, batch, got"),
+        ("data.per_rank_batch_size=2", r"belong to the cells: set per_rank_batch_sizes=\[...\]"),
+        ("data.accumulate=2", "belong to the cells"),
+        ("data.global_batch_size=0", "data.global_batch_size to be a whole number of at least 1, got 0"),
+        ("data.global_batch_size=32.0", "whole number of at least 1, got 32.0"),
+        ("+norm=gn", r"no setting of a comparison: norm\. .* in arms=\[...\]"),
+        ("+seed=3 ++simulate=8", "no setting of a comparison: seed, simulate"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        grid(*overrides.split())
+
+
+def test_every_problem_is_listed_once():
+    with pytest.raises(ValueError) as error:
+        grid("arms=[syncbn_4,syncbn]", "world_sizes=[2,4]", "per_rank_batch_sizes=[1,5]", "group_sizes=[null,4]")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 2 + 2  # both arms at 2 ranks; the batch of 5 at 2 and at 4
+
+
+@pytest.mark.parametrize("override", ["seed=3", "simulate=2", "norm=gn", "model=resnet81", "data.x=1", "arms=["])
+def test_hydra_refuses_what_it_does_not_know(override):
+    with pytest.raises(HydraException):
+        grid(override)
+
+
+def test_shared_overrides_reach_every_cell_as_they_are():
+    """All forms of Hydra's grammar, and nothing that is the comparison's own."""
+    given = [
+        "+data.x=1",
+        "++trainer.y=2",
+        "~task.warmup",
+        "model=timm",
+        "model.arch='a, b=c'",
+        'data.mean=[1, "2 3"]',
+        "+task.more={a: 1, b: [x, y]}",
+        "trainer.max_epochs=3",
+        "logger.name=x.y",
+    ]
+    own = ["arms=[gn]", "seeds=[0]", "output_dir=data.d", "per_rank_batch_sizes=[1]", "evaluate=[batch]", "jobs=2"]
+    mixed = [override for pair in itertools.zip_longest(own, given) for override in pair if override]
+    assert shared_overrides(mixed) == given
+    [cell] = grid(*mixed)
+    assert cell.overrides[: len(given)] == tuple(given)
+    config = as_config(cell)
+    assert (config.data.x, config.trainer.y, config.model.arch) == (1, 2, "a, b=c")
+    assert config.data.mean == [1, "2 3"]
+    assert config.task.more == {"a": 1, "b": ["x", "y"]}
+    assert "warmup" not in config.task
+
+
+@pytest.mark.parametrize("text", ["a b", "a'b", "a\\b", "a\\", "a\\'b", "\\\\a\\\\'", "[1],{x}=:#~", 'ü"', "$x"])
+def test_quoting_for_hydra(text):
+    assert OverridesParser.create().parse_override(f"x={quoted(text)}").value() == text
+    assert OverridesParser.create().parse_override(f"x=[{quoted(text)},1]").value() == [text, 1]
+
+
+def test_arms_of_the_users_own_folder(tmp_path):
+    (tmp_path / "my 'arms'" / "norm").mkdir(parents=True)
+    folder = f"file://{tmp_path}/my 'arms'"
+    file = tmp_path / "my 'arms'" / "norm" / "mine.yaml"
+    file.write_text("_target_: my_norms.Mine\neps: 0.25\nsize: ${data.global_batch_size}\n")
+    (file.parent / "pairs.yaml").write_text(
+        "_target_: syncbn.lightning.NormConverter\nnorm: syncbn\nprocess_group: 2\nexclude: ['*.head']\n"
+    )
+    with pytest.raises(ValueError, match="unknown arm 'mine'"):
+        grid("arms=[mine]")
+    cells = grid(
+        "arms=[mine,pairs]", "group_sizes=[null,4]", "seeds=[0]", "per_rank_batch_sizes=[2]", folders=[folder]
+    )
+    assert [cell.label for cell in cells] == ["mine", "pairs", "pairs, groups of 4"]
+    mine, _, four = map(as_config, cells)
+    assert (mine.norm._target_, mine.norm.eps, mine.norm["size"]) == ("my_norms.Mine", 0.25, 32)
+    assert (four.norm.process_group, four.norm.exclude) == (4, ["*.head"])
+    with pytest.raises(ValueError, match="pairs: groups of 2 do not divide 1 ranks"):
+        grid("arms=[pairs]", "world_sizes=[1]", folders=[folder])
+
+
+def test_what_cells_have_in_common(monkeypatch):
+    def common(*overrides):
+        return base_config(compose("compare", overrides=list(overrides)), shared_overrides(overrides))
+
+    monkeypatch.setenv("SYNCBN_CACHE", "/somewhere")
+    here = common()
+    monkeypatch.setenv("SYNCBN_CACHE", "/else")
+    same = ["arms=[gn]", "seeds=[7]", "world_sizes=[2]", "per_rank_batch_sizes=[1]", "jobs=1", "output_dir=x"]
+    assert common(*same, "group_sizes=[2]", "logger.name=x") == here
+    for other in ("model.width=8", "task.lr=1", "isolate=none", "engine=torchrun", "evaluate=[batch]", "node_size=2"):
+        assert common(other) != here
+    assert set(here) == {"data", "model", "task", "trainer", "engine", "isolate", "node_size", "evaluate"}
+
+
+def test_the_configuration_is_that_of_a_run():
+    """Where both files name a group, they name the same choice, in the same order; nothing is unknown to either."""
+    configs = {name: OmegaConf.load(CONF / f"{name}.yaml") for name in ("compare", "train")}
+    assert configs["compare"].defaults == configs["train"].defaults
+    for name, config in configs.items():
+        assert set(compose(name)) == COMMON[name] | BOTH, name
+        assert config.hydra.output_subdir is None
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name != "norm")
+)
+def test_every_choice_composes_for_a_comparison(group, choice):
+    [cell] = grid(f"{group}={choice}", "arms=[bn]", "seeds=[0]", "per_rank_batch_sizes=[1]")
+    own = {"data.per_rank_batch_size": 1, "data.accumulate": 8}
+    there = compose("train", overrides=[f"{group}={choice}", *(f"{k}={v}" for k, v in own.items())])
+    assert as_config(cell)[group] == there[group]
+
+
+def test_every_arm_composes_for_a_comparison():
+    arms = sorted(path.stem for path in CONF.glob("norm/*.yaml"))
+    cells = grid(f"arms=[{','.join(arms)}]", "seeds=[0]", "per_rank_batch_sizes=[1]")
+    assert [cell.arm for cell in cells] == arms
+    assert {cell.norm["_target_"] for cell in cells} == {f"{NormConverter.__module__}.{NormConverter.__name__}"}
