@@ -36,7 +36,7 @@ def _error_line(points: Points, label: str, world_size: int) -> Line:
     ends = [(math.nan, math.nan) if p.half is None else (p.mean - p.half, p.mean + p.half) for p in means.values()]
     return Line(
         label,
-        points.labels.index(label),
+        points.places[label],
         [float(batch) for batch in means],
         [100 * point.mean for point in means.values()],
         [100 * max(lower, 0.0) for lower, _ in ends],
@@ -47,14 +47,14 @@ def _error_line(points: Points, label: str, world_size: int) -> Line:
 def training_lines(points: Points, world_size: int, batch: int) -> list[Line]:
     """Average the training losses over seeds, at the steps all of them have."""
     lines = []
-    for place, label in enumerate(points.labels):
+    for label in points.labels:
         seeds = [_curve(row.get("curve") or {}) for row in points.cells(label, world_size, batch)]
         seeds = [seed for seed in seeds if seed]
         steps = sorted(set.intersection(*(set(seed) for seed in seeds))) if seeds else []
         losses = [float(np.mean([seed[step] for seed in seeds])) for step in steps]
         nothing = [math.nan] * len(steps)
         if any(math.isfinite(loss) for loss in losses):
-            lines.append(Line(label, place, steps, losses, nothing, nothing))
+            lines.append(Line(label, points.places[label], steps, losses, nothing, nothing))
     return lines
 
 

@@ -14,6 +14,7 @@ Seeds = dict[Any, float]
 MODES = ("rank0", "averaged", "precise", "batch")  # the first that was evaluated is the one of curve and tests
 ARMS = ("bn", "syncbn_2", "syncbn_4", "syncbn_node", "syncbn", "gn", "ln", "in", "frozen", "none")  # then the user's
 REFERENCE = "syncbn"
+FIRST = ("bn", REFERENCE, "gn")  # look the same in every report
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Points:
     def labels(self) -> list[str]:
         """The arms, as the tables name them."""
         return list(dict.fromkeys(row["label"] for row in self.done))
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Number the arms, for colour and marker."""
+        others = [label for label in self.labels if label not in FIRST]
+        return {label: place for place, label in enumerate([*FIRST, *others]) if label in self.labels}
 
     @property
     def world_sizes(self) -> list[int]:
