@@ -1,11 +1,10 @@
 """Compare normalizations over per-rank batch sizes, and report it as one page.
 
-    python launch/compare.py                                                   # about 10 minutes on two cores
-    python launch/compare.py seeds=[0,1,2,3,4] arms=[bn,syncbn,syncbn_2,gn,ln,in] output_dir=outputs/larger
-    python launch/compare.py data=digit_scenes model=unet task=segmentation per_rank_batch_sizes=[1,2]
-    python launch/compare.py engine=torchrun world_sizes=[2]                   # real ranks instead of simulated ones
-    python launch/compare.py group_sizes=[null,2] arms=[syncbn]                # also synchronized in pairs
-    python launch/compare.py --config-dir mine arms=[syncbn,own]               # an arm of your own: mine/norm/own.yaml
+    python launch/compare.py                                                   # about a quarter of an hour on two cores
+    python launch/compare.py 'seeds=[0,1,2,3,4]' 'arms=[bn,syncbn,syncbn_2,gn,ln,in]' output_dir=outputs/larger
+    python launch/compare.py data=digit_scenes model=unet task=segmentation trainer.max_epochs=4
+    python launch/compare.py engine=torchrun 'world_sizes=[2]'                 # real ranks instead of simulated ones
+    python launch/compare.py 'group_sizes=[null,2]' 'arms=[syncbn]'            # also synchronized in pairs
 
 Stopped at any moment, the same command goes on where it was. Results, report and logs lie in `output_dir`.
 """
