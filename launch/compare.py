@@ -1,6 +1,6 @@
 """Compare normalizations over per-rank batch sizes, and report it as one page.
 
-    python launch/compare.py                                                   # about a quarter of an hour on two cores
+    python launch/compare.py                                         # about a quarter of an hour on two cores
     python launch/compare.py 'seeds=[0,1,2,3,4]' 'arms=[bn,syncbn,syncbn_2,gn,ln,in]' output_dir=outputs/larger
     python launch/compare.py data=digit_scenes model=unet task=segmentation trainer.max_epochs=4
     python launch/compare.py engine=torchrun 'world_sizes=[2]'                 # real ranks instead of simulated ones
