@@ -66,7 +66,8 @@ def test_real_and_simulated_ranks_agree(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
 @pytest.mark.parametrize("norm", CONF_NORMS)
 def test_every_arm_agrees(tmp_path, monkeypatch, norm):
-    agree(tmp_path, monkeypatch, 4, f"+norm={norm}", "data.per_rank_batch_size=2", "data.accumulate=3")
+    sizes = ["data.per_rank_batch_size=2", "data.accumulate=3", "model.width=8"]  # gn has 8 groups
+    agree(tmp_path, monkeypatch, 4, f"+norm={norm}", *sizes)
 
 
 @pytest.mark.slow
