@@ -32,9 +32,10 @@ from syncbn.experiment import arms, cell, nets, report
 from syncbn.experiment.batches import World
 from syncbn.experiment.data import ImageData
 from syncbn.experiment.evaluate import Statistics, check_modes, evaluate
+from syncbn.experiment.exactness import check_exact
 from syncbn.experiment.known_warnings import ignore_known_warnings
 from syncbn.experiment.make import make
-from syncbn.experiment.simulate import check_exact, simulate
+from syncbn.experiment.simulate import simulate
 from syncbn.experiment.task import Task
 from syncbn.lightning import NormConverter
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn import ghost
+from syncbn.kernels import ghost
 
 SHAPES = [(6, 3), (6, 3, 5), (6, 3, 4, 5), (12, 2, 1, 1), (6, 2, 3, 2, 2)]
 LAYOUTS = ["contiguous", "channels_last", "strided"]

@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn.experiment.batches import BatchPlan
+from syncbn.experiment.exactness import check_exact
 from syncbn.experiment.nets import ResNet8
-from syncbn.experiment.simulate import SimulatedBatchNorm, check_exact, simulate
+from syncbn.experiment.simulate import SimulatedBatchNorm, simulate
 from syncbn.experiment.task import Classifier
 from syncbn.experiment.unet import UNet
 
@@ -320,7 +321,13 @@ def test_another_number_of_rows_later_is_refused():
         task.train()(torch.zeros(9, 3, 8, 8, dtype=torch.float64))
 
 
+def test_groups_on_one_rank_are_that_rank():
+    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group=2)
+    simulate(task, BatchPlan(8))
+    assert (task.net[1].num_splits, task.net[1].split_size) == (1, 8)
+
+
 def test_groups_that_do_not_divide():
     task = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group=3)
-    with pytest.raises(ValueError, match=r"groups of 3 do not divide 4 ranks; choose one of \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"process_group=3: .* world size 4; choose one of \[1, 2, 4\]"):
         simulate(task, BatchPlan(2, 4))

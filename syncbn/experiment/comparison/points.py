@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from syncbn.experiment.comparison.statistics import Interval, Paired, holm, mean_interval, paired, verdict
+from syncbn.experiment.evaluate import MODES
 
 Row = Mapping[str, Any]
 Seeds = dict[Any, float]
-MODES = ("rank0", "averaged", "precise", "batch")  # the first that was evaluated is the one of curve and tests
 ARMS = ("bn", "syncbn_2", "syncbn_4", "syncbn_node", "syncbn", "gn", "ln", "in", "frozen", "none")  # then the user's
 REFERENCE = "syncbn"
 FIRST = ("bn", REFERENCE, "gn")  # look the same in every report
