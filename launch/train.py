@@ -14,7 +14,6 @@ Each run makes one folder in `outputs`: config, versions, command, metrics, chec
 
 from __future__ import annotations
 
-import copy
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -62,17 +61,16 @@ def build(config: DictConfig, world: World) -> tuple[ImageData, Task]:
 
 
 def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> list[L.Callback]:
-    """Give the callback that converts the model later, or convert it to one that stands for all simulated ranks.
+    """Convert the model to the arm, at the same moment on real and on simulated ranks: a norm may draw parameters.
 
-    What the callback would refuse is found here, on a copy.
+    Returns:
+        For real ranks, the callback: it finds the model converted, and makes the process groups.
     """
     converter = arms.make_converter(config.norm)
+    if isinstance(converter, NormConverter) or world.simulate is not None:
+        arms.apply(converter, task, world.num_ranks)
     if world.simulate is None:
-        if isinstance(converter, NormConverter):
-            with torch.random.fork_rng():  # a norm may draw its parameters; the real conversion draws the same
-                arms.apply(converter, copy.deepcopy(task), world.num_ranks)
         return [] if converter is None else [converter]
-    arms.apply(converter, task, world.num_ranks)
     simulate(task, data.plan, config.node_size)
     images, labels = next(iter(data.train_dataloader()))
     check_exact(task, (data.normalize(images), labels), data.plan)

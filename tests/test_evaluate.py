@@ -127,6 +127,26 @@ def test_each_kind_by_hand(tmp_path, monkeypatch):
     assert measured["precise"]["test_loss"] == pytest.approx(loss(everything), rel=1e-5)
 
 
+class Drawn(nn.GroupNorm):
+    """A norm whose parameters are drawn at random."""
+
+    def __init__(self, num_features):
+        super().__init__(1, num_features)
+        self.mix = nn.Parameter(torch.randn(num_features))
+
+    def forward(self, input):
+        return super().forward(input) * self.mix.view(-1, 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
+def test_a_norm_with_random_parameters_starts_alike(tmp_path, monkeypatch):
+    settings = [*FLOAT64, "+norm={_target_: test_evaluate.Drawn}", "trainer.max_steps=2"]
+    one, _ = simulated(tmp_path / "simulated", monkeypatch, *settings, "simulate=1")
+    real, _ = simulated(tmp_path / "real", monkeypatch, *settings)
+    assert any(key.endswith("mix") for key in weights(one))
+    torch.testing.assert_close(weights(one), weights(real), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("wrong", ["evaluate=[]", "evaluate=[rank1]", "evaluate=[rank0,ema]"])
 def test_unknown_kinds(tmp_path, monkeypatch, wrong):
     monkeypatch.chdir(tmp_path)

@@ -33,7 +33,7 @@ def make_converter(norm: DictConfig | None) -> L.Callback | None:
 
 
 def apply(converter: L.Callback | None, model: nn.Module, world_size: int) -> None:
-    """Convert `model` now, as the callback would, and find what it would refuse.
+    """Convert `model` now, as the callback would later, so that what it refuses is found before training.
 
     Raises:
         ValueError: as `syncbn.convert`; groups that do not divide `world_size`; a callback that is no NormConverter.
