@@ -255,10 +255,12 @@ def test_an_interrupt_ends_the_cells_and_keeps_what_is_done(here, monkeypatch, c
         wait_until(lambda: len(rows_of(out)) == 2 and len(list(out.rglob("pid"))) == 4)
         signal.raise_signal(signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it from birth
     thread = threading.Thread(target=interrupt)
     thread.start()
     assert compare(monkeypatch, *FOUR, "output_dir=out") == 130
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert "stopped with 2 of 4 cells done; the same command goes on" in capfd.readouterr().out
     assert not any(lives(int(path.read_text())) for path in out.rglob("pid"))
     assert sorted(rows_of(out)) == ["bn-w4-p2-s0", "syncbn-w4-p2-s0"]
