@@ -6,6 +6,7 @@ from .batchnorm import SyncBatchNorm
 from .convert import convert, plan, revert
 from .freeze import freeze, unfreeze
 from .ghost import GhostBatchNorm
+from .kernels import use_kernels
 from .precise import average_bn_stats, update_bn_stats
 from .rules import PlanRow, register
 
@@ -27,4 +28,5 @@ __all__ = [
     "revert",
     "unfreeze",
     "update_bn_stats",
+    "use_kernels",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import kernels, moments, recompute
-from .collectives import GroupSpec, ProcessGroupLike, all_reduce
+from .collectives import Exchange, GroupSpec, ProcessGroupLike, all_reduce
 from .moments import Moments
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,11 +74,12 @@ def sync_batch_norm(
         momentum = 0.0  # the first pass has moved the running statistics
     if group is None:
         return _one_process(input, running_mean, running_var, weight, bias, momentum, eps)
-    y, *batch = _SyncBatchNorm.apply(input, weight, bias, eps, group)
-    if running_mean is not None and running_var is not None and not recomputing:
-        with torch.no_grad():
-            moments.update_running_statistics(running_mean, running_var, Moments(*batch), momentum)
-    return cast(Tensor, y)
+    with torch.no_grad():  # the backward pass knows how the moments depend on the input
+        batch = _global_moments(input, eps, group)
+        if running_mean is not None and running_var is not None and not recomputing:
+            may_be_empty = input.numel() == 0
+            moments.update_running_statistics(running_mean, running_var, batch, momentum, may_be_empty)
+    return cast(Tensor, _Normalize.apply(input, weight, bias, batch.count, batch.mean, batch.invstd, eps, group))
 
 
 def check_input(x: Tensor, num_features: int, parameter: Tensor | None) -> None:
@@ -130,53 +131,60 @@ def _one_process(
     return y
 
 
-class _SyncBatchNorm(torch.autograd.Function):
-    """The training step of the layer: returns y and the moments of the whole batch (which have no gradient).
+class _Normalize(torch.autograd.Function):
+    """Normalize with the moments of the whole batch, which are constants to autograd and functions of x in backward.
 
     Saves the input, the weight and O(C) numbers.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: ProcessGroup
-    ) -> tuple[Tensor, ...]:
-        batch = recompute.replay()
-        if batch is None:
-            batch = _global_moments(x, eps, group)
-            recompute.record(batch)
-        y = kernels.normalize(x, batch.mean, batch.invstd, weight, bias)
-        ctx.save_for_backward(x, weight, batch.count, batch.mean, batch.invstd)
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        count: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        eps: float,
+        group: ProcessGroup,
+    ) -> Tensor:
+        dtype = kernels.sum_dtype(x)
+        mean, invstd = mean.to(dtype), invstd.to(dtype)
+        ctx.save_for_backward(x, weight, count, mean, invstd)
         ctx.eps, ctx.group, ctx.bias_dtype = eps, group, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(*batch)
         ctx.set_materialize_grads(False)
-        return y, *batch
+        return kernels.choose(x).normalize(x, mean, invstd, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, count, mean, invstd = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy  # undefined here, perhaps not on the other ranks
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+        kernel = kernels.choose(x)
         if needs_dx and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, sum_dy, sum_dy_xhat = _differentiable_backward(dy, x, weight, count, mean, ctx.eps, ctx.group)
+            exchange = None
         else:
-            dx = None
-            sum_dy, sum_dy_xhat = kernels.backward_sums(dy, x, mean, invstd)
-            if needs_dx:
-                sums = all_reduce(torch.cat([sum_dy, sum_dy_xhat]), ctx.group)  # (2C,)
-                mean_dy, mean_dy_xhat = (sums / count.clamp(min=1)).chunk(2)
-                dx = kernels.input_gradient(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat)
+            dx, (sum_dy, sum_dy_xhat) = None, kernel.backward_sums(dy, x, mean, invstd)
+            packed = torch.cat([sum_dy, sum_dy_xhat]).double() if needs_dx else None  # (2C,)
+            exchange = None if packed is None else Exchange(packed, ctx.group)
+        # while the exchange is under way
         dweight = sum_dy_xhat.to(weight.dtype) if needs_dweight else None
         dbias = sum_dy.to(ctx.bias_dtype) if needs_dbias else None
-        return dx, dweight, dbias, None, None
+        if exchange is not None:
+            dx = kernel.input_gradient(dy, x, mean, invstd, weight, exchange.wait(), count)
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 def _global_moments(x: Tensor, eps: float, group: ProcessGroup) -> Moments:
-    """Compute the moments over all ranks of ``group``: one exchange."""
-    local_count = x.numel() // x.shape[1]
-    packed = moments.pack(local_count, *kernels.local_sums(x))  # (2C + 1,)
-    batch = moments.unpack(all_reduce(packed, group), eps)
-    if local_count <= 1:  # so it is on every rank, if the global count is 1; no other rank has to read it
-        _refuse_one_value(batch.count)
+    """Compute the moments over all ranks of ``group``: one exchange, none in a recomputation that has its record."""
+    batch = recompute.replay()
+    if batch is None:
+        batch = moments.unpack(all_reduce(kernels.choose(x).local_sums(x), group), eps, x.numel() == 0)
+        if x.numel() <= x.shape[1]:  # so it is on every rank, if the global count is 1; no other rank has to read it
+            _refuse_one_value(batch.count)
+        recompute.record(batch)
     return batch
 
 
@@ -205,7 +213,7 @@ def _differentiable_backward(
     dims = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
     count = count.clamp(min=1)
-    xmu = x.double() - shift.view(shape)
+    xmu = x.double() - shift.double().view(shape)
     dy = dy.double()
     mean, sqmean = (all_reduce(torch.cat([xmu.sum(dims), xmu.square().sum(dims)]), group) / count).chunk(2)
     invstd = torch.rsqrt(sqmean - mean.square() + eps)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import kernels
 from .collectives import GroupSpec, all_reduce
-from .moments import pack, unpack
+from .moments import unpack
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -72,9 +72,9 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
     if num_batches_of_all == 0:
         raise ValueError("update_bn_stats: expected at least one batch on one of the ranks, got none on any.")
     for layer, total in zip(layers.values(), totals, strict=True):
-        count, mean, var, _ = unpack(total, eps=0.0)
+        count, mean, sqdev, _ = unpack(total, eps=0.0)
         if count > 0:
-            _write(layer, mean, var * (count / (count - 1).clamp_(min=1)))
+            _write(layer, mean, sqdev / (count - 1).clamp_(min=1))
     return model
 
 
@@ -146,7 +146,7 @@ def _add_input(name: str, sums: Tensor, layer: nn.Module, args: tuple[Any, ...],
             f"update_bn_stats: expected an input (N, {num_features}, *) for the {type(layer).__name__} {name!r}, "
             f"got {tuple(x.shape)}; freeze or eval() the layer to leave it out."
         )
-    sums += pack(x.numel() // num_features, *kernels.local_sums(x)).to(sums.device)
+    sums += kernels.choose(x).local_sums(x).to(sums.device)
 
 
 def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:

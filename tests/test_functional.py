@@ -243,8 +243,9 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
-            tensors = torch.utils._pytree.tree_leaves(args[0])
-            self.seen.append((func.__name__.split(".")[0].rstrip("_"), tensors[0].numel(), tensors[0].dtype))
+            name = func.__name__.split(".")[0].strip("_")
+            sent = torch.utils._pytree.tree_leaves(args[name == "allgather_base"])[0]  # first what it receives into
+            self.seen.append((name, sent.numel(), sent.dtype))
         return func(*args, **(kwargs or {}))
 
 
@@ -267,8 +268,8 @@ def count_collectives(rank, world_size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_one_collective_each_way_and_none_in_eval(run, dtype):
     for forward, backward, no_input_grad, evaluation in run(count_collectives, 2, dtype):
-        assert forward == [("allreduce", 11, torch.float64)]
-        assert backward == [("allreduce", 10, torch.float64)]
+        assert forward == [("allgather_base", 11, torch.float64)]
+        assert backward == [("allgather_base", 10, torch.float64)]
         assert no_input_grad == forward
         assert evaluation == []
 

@@ -77,13 +77,15 @@ def assert_same_on_all_ranks(results):
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
-def count_all_reduces(function):
-    calls, original = [], dist.all_reduce
-    dist.all_reduce = lambda *args, **kwargs: (calls.append(args), original(*args, **kwargs))[1]
+def count_exchanges(function):
+    calls, originals = [], {name: getattr(dist, name) for name in ("all_reduce", "all_gather_single")}
+    for name, original in originals.items():
+        setattr(dist, name, lambda *args, _of=original, **kwargs: (calls.append(args), _of(*args, **kwargs))[1])
     try:
         function()
     finally:
-        dist.all_reduce = original
+        for name, original in originals.items():
+            setattr(dist, name, original)
     return len(calls)
 
 
@@ -93,7 +95,7 @@ SIZES = {1: [[4, 2, 3]], 2: [[4, 2], [1, 3, 2]], 3: [[4, 1], [], [2, 2, 2]]}  # 
 def plain(rank, world_size):
     model = make_model()
     batches = make_batches(SIZES[world_size][rank], rank)
-    assert count_all_reduces(lambda: syncbn.update_bn_stats(model, iter(batches))) == (world_size > 1)
+    assert count_exchanges(lambda: syncbn.update_bn_stats(model, iter(batches))) == (world_size > 1)
     assert [model[i].num_batches_tracked for i in (1, 4)] == [0, 0]
     return statistics(model)
 
@@ -337,7 +339,7 @@ def averaged(rank, world_size):
         model[1].running_var.fill_(0.1 + rank)
         model[4].running_mean.fill_(rank)
     syncbn.freeze(model[4])
-    assert count_all_reduces(lambda: syncbn.average_bn_stats(model)) == (world_size > 1)
+    assert count_exchanges(lambda: syncbn.average_bn_stats(model)) == (world_size > 1)
     return model[1].running_mean, model[1].running_var, model[4].running_mean
 
 

@@ -1,10 +1,71 @@
 """The four per-device primitives behind one interface; none of them communicates.
 
 ``local_sums`` and ``normalize`` make the forward pass, ``backward_sums`` and ``input_gradient`` the backward pass.
-`reference` is the one implementation so far and serves every device; faster ones take its place here. `ghost`
-stands beside them: it is what GhostBatchNorm computes.
+`reference` serves every device and torch.compile; `native` (CPU) is faster, from torch's own fused operators. Any of
+them can continue what another began. `ghost` stands beside them: it is what GhostBatchNorm computes.
 """
 
-from .reference import backward_sums, input_gradient, local_sums, normalize
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
-__all__ = ["backward_sums", "input_gradient", "local_sums", "normalize"]
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .reference import sum_dtype
+
+CHOICES = ("auto", "reference", "native", "fused")
+
+
+class Kernels(Protocol):
+    """What an implementation offers; `reference` says what each computes."""
+
+    def local_sums(self, x: Tensor) -> Tensor: ...  # noqa: D102
+
+    def normalize(  # noqa: D102
+        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor: ...
+
+    def backward_sums(  # noqa: D102
+        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def input_gradient(  # noqa: D102
+        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+    ) -> Tensor: ...
+
+
+def _check(name: str) -> str:
+    if name not in CHOICES:
+        raise ValueError(f"SYNCBN_KERNELS: expected one of {', '.join(CHOICES)}, got {name!r}.")
+    return name
+
+
+_chosen = _check(os.environ.get("SYNCBN_KERNELS") or "auto")
+
+
+@contextmanager
+def use_kernels(name: str) -> Iterator[None]:
+    """Choose the kernels of all layers inside the context, as ``SYNCBN_KERNELS`` does for the whole process.
+
+    Args:
+        name: "auto", "reference", "native" or "fused".
+
+    Raises:
+        ValueError: For any other name.
+    """
+    global _chosen
+    before, _chosen = _chosen, _check(name)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def choose(x: Tensor) -> Kernels:
+    """Choose the implementation for ``x``; any of them can go on from what another computed."""
+    if _chosen == "reference" or torch.compiler.is_compiling():
+        return reference
+    return native if native.supports(x) else reference
