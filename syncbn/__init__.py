@@ -3,6 +3,7 @@
 from . import functional
 from .audit import Audit, AuditRow, audit
 from .batchnorm import SyncBatchNorm
+from .coalesce import coalesce
 from .convert import convert, plan, revert
 from .freeze import freeze, unfreeze
 from .ghost import GhostBatchNorm
@@ -20,6 +21,7 @@ __all__ = [
     "SyncBatchNorm",
     "audit",
     "average_bn_stats",
+    "coalesce",
     "convert",
     "freeze",
     "functional",

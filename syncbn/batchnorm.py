@@ -1,5 +1,6 @@
 """The layer: nn.BatchNorm's words, keys and numbers, with the statistics of the batch on all ranks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ddp, functional, recompute
+from .autograd import Layer
 from .collectives import GroupSpec, ProcessGroupLike
 
 
@@ -76,25 +78,26 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""
+        self._check(input)
+        if self.training:
+            return functional.normalize([self._enter(input)], self._group_spec)[0]
+        # without running statistics those of its own batch, on this rank alone, as nn.BatchNorm does
+        running = self.running_mean, self.running_var
+        return F.batch_norm(input, *running, self.weight, self.bias, running[0] is None, 0.0, self.eps)
+
+    def _check(self, input: Tensor) -> None:
         self._check_input_dim(input)
         parameter = self.running_mean if self.weight is None else self.weight
         functional.check_input(input, self.num_features if parameter is None else len(parameter), parameter)
-        if not self.training and self.running_mean is None:  # its own batch, on this rank alone, as nn.BatchNorm does
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        tracks = self.training and self.track_running_stats
-        if self.training:
-            ddp.check_in(_has_subgroup if self._group_spec.is_subgroup else None)
-        return functional.sync_batch_norm(
-            input,
-            self.running_mean if tracks or not self.training else None,
-            self.running_var if tracks or not self.training else None,
-            self.weight,
-            self.bias,
-            self.training,
-            self._count_batch() if tracks else 0.0,
-            self.eps,
-            self._group_spec,
-        )
+        if self.training and self.eps <= 0:
+            raise ValueError(f"expected eps to be positive in training, got {self.eps}.")
+
+    def _enter(self, input: Tensor) -> Layer:
+        """Begin a training step: count the batch, and hand over what the step needs."""
+        ddp.check_in(_has_subgroup if self._group_spec.is_subgroup else None)
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        momentum = self._count_batch() if self.track_running_stats else 0.0
+        return Layer(input, *running, self.weight, self.bias, momentum, self.eps)
 
     def _count_batch(self) -> float | Tensor:
         """Count this batch, and return its part in the running statistics without reading the count back."""
@@ -124,6 +127,17 @@ class SyncBatchNorm(_BatchNorm):
         from . import convert  # the door: conversion knows the layer, not the other way round
 
         return convert(module, process_group=process_group)
+
+
+def forward_coalesced(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Run independent layers in train mode and of one process group on their inputs: one exchange each way.
+
+    Forward hooks are not run: the caller has made sure that there are none.
+    """
+    for layer, x in zip(layers, inputs, strict=True):
+        layer._check(x)
+    entered = [layer._enter(x) for layer, x in zip(layers, inputs, strict=True)]
+    return functional.normalize(entered, layers[0]._group_spec)
 
 
 def _has_subgroup(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import norms
 from .batchnorm import SyncBatchNorm
+from .coalesce import separate
 from .collectives import GroupSpec, ProcessGroupLike, make_groups
 from .norms import Norm
 from .rules import PlanRow, Step, Target, decide, is_family
@@ -128,6 +129,7 @@ def revert(module: M, *, as_batchnorm: bool = False) -> M:
             f"syncbn.revert: the class of {', '.join(changed)} was changed after conversion (parametrized or "
             "sharded); undo that first. Nothing was reverted."
         )
+    separate(module)
     for _, layer, _ in layers:
         turn_back(layer)
         if as_batchnorm and type(layer) is SyncBatchNorm:

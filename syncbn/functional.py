@@ -1,21 +1,18 @@
-"""Normalize a batch that is spread over ranks: the whole layer as one function.
+"""Normalize a batch that is spread over ranks: the layer as a function, and several layers with one exchange.
 
-Forward: per-channel sums of the local part, one exchange, ``y = (x - mean) * invstd * weight + bias``.
-Backward: per-channel sums of dy and dy * xhat, one exchange,
-``dx = weight * invstd * (dy - sum_dy / n - xhat * sum_dy_xhat / n)`` with xhat = (x - mean) * invstd and n values per
-channel over all ranks. The gradients of weight and bias stay local sums, as DDP averages them.
+Checks and the case of one process stand here, the training step over several ranks in `autograd`.
 """
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from . import kernels, moments, recompute
-from .collectives import Exchange, GroupSpec, ProcessGroupLike, all_reduce
-from .moments import Moments
+from . import recompute
+from .autograd import Layer, normalize_batch
+from .collectives import GroupSpec, ProcessGroupLike
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,26 +57,89 @@ def sync_batch_norm(
             or a device without float64; if ``eps`` is not positive in training; on every rank alike, if all ranks
             together have one value per channel.
     """
-    parameter = running_mean if weight is None else weight
-    num_features = len(parameter) if parameter is not None else input.shape[1] if input.dim() > 1 else 0
-    check_input(input, num_features, parameter)
-    if training and eps <= 0:
-        raise ValueError(f"expected eps to be positive in training, got {eps}.")
+    layer = Layer(input, running_mean, running_var, weight, bias, momentum, eps)
+    check_layer(layer, training)
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return normalize([layer], process_group)[0]
+
+
+def sync_batch_norm_coalesced(
+    inputs: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None] | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    process_group: ProcessGroupLike | GroupSpec = None,
+) -> tuple[Tensor, ...]:
+    """Normalize the inputs of k independent layers as k calls of `sync_batch_norm` would, with one exchange each way.
+
+    For layers none of which waits for another: the main path and the shortcut of a residual block, the branches of an
+    Inception block, the levels of a feature pyramid. Latency is paid once; the numbers are the same.
+
+    Collectives: in training, one of the sum of 2C + 1 float64 numbers forward, and one of the sum of 2C backward, over
+    the inputs that require a gradient. Gradients are computed when those of all outputs are there.
+
+    Args:
+        inputs: k inputs; shapes, channels and dtypes may differ.
+        running_means: One ``(C,)`` or None for each.
+        running_vars: One ``(C,)`` or None for each.
+        weights: One ``(C,)`` or None for each, or None.
+        biases: One ``(C,)`` or None for each, or None.
+        training: Whether to use, and exchange, the statistics of the batches.
+        momentum: As in `sync_batch_norm`, for all.
+        eps: As in `sync_batch_norm`, for all.
+        process_group: As in `sync_batch_norm`, for all.
+
+    Returns:
+        k tensors of the shapes, dtypes and memory formats of the inputs.
+
+    Raises:
+        ValueError: If the arguments are not of one length, or the inputs not on one device; and as `sync_batch_norm`.
+    """
+    nothing = [None] * len(inputs)
+    columns: list[Sequence[Any]] = [inputs, running_means, running_vars, weights or nothing, biases or nothing]
+    if len({len(column) for column in columns}) != 1:
+        names = ("inputs", "running_means", "running_vars", "weights", "biases")
+        found = ", ".join(f"{len(column)} {name}" for name, column in zip(names, columns, strict=True))
+        raise ValueError(f"expected one of each for every input, got {found}; write None where a layer has none.")
+    rows = zip(*columns, strict=True)
+    layers = [Layer(x, mean, var, weight, bias, momentum, eps) for x, mean, var, weight, bias in rows]
+    for layer in layers:
+        check_layer(layer, training)
+    if training:
+        return normalize(layers, process_group)
+    return tuple(F.batch_norm(*layer[:5], False, 0.0, eps) for layer in layers)
+
+
+def normalize(layers: Sequence[Layer], process_group: ProcessGroupLike | GroupSpec) -> tuple[Tensor, ...]:
+    """Run the training step of independent layers whose arguments have been checked.
+
+    Raises:
+        ValueError: If several inputs are not on one device; on every rank alike, if all ranks together have one value
+            per channel.
+    """
+    if len({layer.input.device for layer in layers}) > 1:
+        devices = ", ".join(str(layer.input.device) for layer in layers)
+        raise ValueError(f"expected inputs of one device, got {devices}; layers of several cannot share an exchange.")
     spec = process_group if isinstance(process_group, GroupSpec) else GroupSpec(process_group)
     group = spec.resolve()
-    recomputing = recompute.is_recomputing()
-    if recomputing:
-        momentum = 0.0  # the first pass has moved the running statistics
     if group is None:
-        return _one_process(input, running_mean, running_var, weight, bias, momentum, eps)
-    with torch.no_grad():  # the backward pass knows how the moments depend on the input
-        batch = _global_moments(input, eps, group)
-        if running_mean is not None and running_var is not None and not recomputing:
-            may_be_empty = input.numel() == 0
-            moments.update_running_statistics(running_mean, running_var, batch, momentum, may_be_empty)
-    return cast(Tensor, _Normalize.apply(input, weight, bias, batch.count, batch.mean, batch.invstd, eps, group))
+        return tuple(_one_process(layer) for layer in layers)
+    return normalize_batch(layers, group) if layers else ()
+
+
+def check_layer(layer: Layer, training: bool) -> None:
+    """Refuse arguments of one layer, see `sync_batch_norm`."""
+    parameter = layer.running_mean if layer.weight is None else layer.weight
+    x = layer.input
+    num_features = len(parameter) if parameter is not None else x.shape[1] if x.dim() > 1 else 0
+    check_input(x, num_features, parameter)
+    if training and layer.eps <= 0:
+        raise ValueError(f"expected eps to be positive in training, got {layer.eps}.")
 
 
 def check_input(x: Tensor, num_features: int, parameter: Tensor | None) -> None:
@@ -110,15 +170,10 @@ def check_input(x: Tensor, num_features: int, parameter: Tensor | None) -> None:
         )
 
 
-def _one_process(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-) -> Tensor:
+def _one_process(layer: Layer) -> Tensor:
+    input, running_mean, running_var, weight, bias, momentum, eps = layer
+    if recompute.is_recomputing():
+        momentum = 0.0  # the first pass has moved the running statistics
     if not isinstance(momentum, Tensor) or running_mean is None or running_var is None:
         factor = 0.0 if isinstance(momentum, Tensor) else momentum
         return F.batch_norm(input, running_mean, running_var, weight, bias, True, factor, eps)
@@ -129,97 +184,3 @@ def _one_process(
         running_mean.lerp_(mean, momentum.to(mean.dtype))
         running_var.lerp_(var, momentum.to(var.dtype))
     return y
-
-
-class _Normalize(torch.autograd.Function):
-    """Normalize with the moments of the whole batch, which are constants to autograd and functions of x in backward.
-
-    Saves the input, the weight and O(C) numbers.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        count: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        eps: float,
-        group: ProcessGroup,
-    ) -> Tensor:
-        dtype = kernels.sum_dtype(x)
-        mean, invstd = mean.to(dtype), invstd.to(dtype)
-        ctx.save_for_backward(x, weight, count, mean, invstd)
-        ctx.eps, ctx.group, ctx.bias_dtype = eps, group, None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
-        return kernels.choose(x).normalize(x, mean, invstd, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, count, mean, invstd = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dy is None else dy  # undefined here, perhaps not on the other ranks
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        kernel = kernels.choose(x)
-        if needs_dx and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, sum_dy, sum_dy_xhat = _differentiable_backward(dy, x, weight, count, mean, ctx.eps, ctx.group)
-            exchange = None
-        else:
-            dx, (sum_dy, sum_dy_xhat) = None, kernel.backward_sums(dy, x, mean, invstd)
-            packed = torch.cat([sum_dy, sum_dy_xhat]).double() if needs_dx else None  # (2C,)
-            exchange = None if packed is None else Exchange(packed, ctx.group)
-        # while the exchange is under way
-        dweight = sum_dy_xhat.to(weight.dtype) if needs_dweight else None
-        dbias = sum_dy.to(ctx.bias_dtype) if needs_dbias else None
-        if exchange is not None:
-            dx = kernel.input_gradient(dy, x, mean, invstd, weight, exchange.wait(), count)
-        return dx, dweight, dbias, None, None, None, None, None
-
-
-def _global_moments(x: Tensor, eps: float, group: ProcessGroup) -> Moments:
-    """Compute the moments over all ranks of ``group``: one exchange, none in a recomputation that has its record."""
-    batch = recompute.replay()
-    if batch is None:
-        batch = moments.unpack(all_reduce(kernels.choose(x).local_sums(x), group), eps, x.numel() == 0)
-        if x.numel() <= x.shape[1]:  # so it is on every rank, if the global count is 1; no other rank has to read it
-            _refuse_one_value(batch.count)
-        recompute.record(batch)
-    return batch
-
-
-def _refuse_one_value(count: Tensor) -> None:
-    message = "Expected more than 1 value per channel when training, got 1 over all ranks of the process group"
-    if torch.compiler.is_compiling():
-        torch._assert_async(count.squeeze() != 1, message)
-    elif count.item() == 1:
-        raise ValueError(f"{message}. Use a larger batch or eval mode.")
-
-
-def _differentiable_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    count: Tensor,
-    shift: Tensor,
-    eps: float,
-    group: ProcessGroup,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dx, sum_dy and sum_dy_xhat so that autograd can differentiate them again (``create_graph=True``).
-
-    The moments are functions of the inputs of all ranks, so they are computed anew: one exchange of 2C numbers more,
-    and every exchange has a gradient, which is one exchange. ``shift``, the known mean, keeps the sums small.
-    """
-    dims = [0, *range(2, x.dim())]
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    count = count.clamp(min=1)
-    xmu = x.double() - shift.double().view(shape)
-    dy = dy.double()
-    mean, sqmean = (all_reduce(torch.cat([xmu.sum(dims), xmu.square().sum(dims)]), group) / count).chunk(2)
-    invstd = torch.rsqrt(sqmean - mean.square() + eps)
-    xhat = (xmu - mean.view(shape)) * invstd.view(shape)
-    sum_dy, sum_dy_xhat = dy.sum(dims), (dy * xhat).sum(dims)
-    mean_dy, mean_dy_xhat = (all_reduce(torch.cat([sum_dy, sum_dy_xhat]), group) / count).chunk(2)
-    scale = invstd if weight is None else invstd * weight
-    dx = (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape)) * scale.view(shape)
-    return dx.to(x.dtype), sum_dy, sum_dy_xhat

@@ -12,14 +12,15 @@ ROOT = Path(syncbn.__file__).parent
 HEIGHT = {
     "moments": 0, "kernels": 0, "collectives": 0,
     "recompute": 1,
-    "functional": 2, "ddp": 2,
-    "batchnorm": 3,
-    "ghost": 3, "norms": 4, "swap": 4, "freeze": 4, "precise": 4,
-    "rules": 5, "audit": 5,
-    "convert": 6,
-    "__init__": 7,
-    "lightning": 8,
-    "experiment": 9,
+    "autograd": 2, "ddp": 2,
+    "functional": 3,
+    "batchnorm": 4, "ghost": 4,
+    "coalesce": 5, "norms": 5, "swap": 5, "freeze": 5, "precise": 5,
+    "rules": 6, "audit": 6,
+    "convert": 7,
+    "__init__": 8,
+    "lightning": 9,
+    "experiment": 10,
 }  # fmt: skip
 DOOR = {("batchnorm", "convert_sync_batchnorm")}  # calls the public convert(): torch's name for it is a method
 

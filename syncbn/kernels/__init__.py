@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import native, reference
-from .reference import sum_dtype
+from . import cuda, native, reference
+from .reference import sum_dtype as sum_dtype
 
 CHOICES = ("auto", "reference", "native", "fused")
 
@@ -22,17 +22,15 @@ CHOICES = ("auto", "reference", "native", "fused")
 class Kernels(Protocol):
     """What an implementation offers; `reference` says what each computes."""
 
-    def local_sums(self, x: Tensor) -> Tensor: ...  # noqa: D102
+    def local_sums(self, x: Tensor) -> Tensor: ...
 
-    def normalize(  # noqa: D102
+    def normalize(
         self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor: ...
 
-    def backward_sums(  # noqa: D102
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+    def backward_sums(self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def input_gradient(  # noqa: D102
+    def input_gradient(
         self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
     ) -> Tensor: ...
 
@@ -68,4 +66,7 @@ def choose(x: Tensor) -> Kernels:
     """Choose the implementation for ``x``; any of them can go on from what another computed."""
     if _chosen == "reference" or torch.compiler.is_compiling():
         return reference
-    return native if native.supports(x) else reference
+    for kernels in (native, cuda):
+        if kernels.supports(x):
+            return kernels
+    return reference

@@ -1,7 +1,7 @@
-"""The four primitives on the CPU from torch's own fused operators: no compiler, and fewer passes than nn.BatchNorm.
+"""The four primitives on the CPU from torch's own fused operators: fewer passes than nn.BatchNorm, no compiler.
 
-The backward pass of BatchNorm in eval mode sums ``dy`` and ``dy * (x - mean)`` in one pass; with ``dy = x`` that is the
-sum and the squared sum. BatchNorm in eval mode is one multiply-add per value. Dense inputs are seen as *planes*
+The backward pass of BatchNorm in eval mode sums ``dy`` and ``dy * (x - mean)`` in one pass; with ``dy = x`` that is
+the sum and the squared sum. BatchNorm in eval mode is one multiply-add per value. Dense inputs are seen as *planes*
 ``(N, C, L)`` or as *rows* ``(rows, C)`` (channels last). Both are cut into more channels of fewer values, which the
 first-level cache holds and whose float32 sums stay short; those are added up in float64.
 """
@@ -96,7 +96,7 @@ def backward_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[
 def input_gradient(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> Tensor:
-    """Compute ``dx = weight * invstd * (dy - sum_dy / n - xhat * sum_dy_xhat / n)``; see `reference.input_gradient`."""
+    """Compute ``dx = weight * invstd * (dy - sum_dy / n - xhat * sum_dy_xhat / n)``; see `reference`."""
     scale, slope, constant = backward_plane(mean, invstd, weight, sums, count)
     dx = _affine(x.to(mean.dtype), slope, constant)
     return dx.addcmul_(_like(dy, x), per_channel(scale, x)).to(x.dtype)

@@ -1,11 +1,11 @@
 """The four primitives in public torch operators: any device, any memory format, traceable by torch.compile.
 
 ``x`` and ``dy`` have shape ``(N, C, *)``. The passes over ``x`` run in its own dtype, half types in float32
-(`sum_dtype`); so do per-channel tensors, shape ``(C,)``, but for what travels between ranks, which is float64. Sums are
-taken of ``x - shift``, where ``shift`` is a mean in that dtype: the difference of close numbers is exact, and what the
+(`sum_dtype`); so do per-channel tensors, shape ``(C,)``, but for what travels between ranks, which is float64. Sums
+are taken of ``x - shift``, where ``shift`` is a mean in that dtype: the difference of close numbers is exact, and what
 rounding left is added per channel in float64. So the precision of the variance does not depend on how large the mean
-is. In the full types each primitive allocates one tensor of the size of ``x``: memory that is not asked for anew is not
-paged in anew.
+is. In the full types each primitive allocates one tensor of the size of ``x``: memory that is not asked for anew is
+not paged in anew.
 """
 
 import torch

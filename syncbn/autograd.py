@@ -1,0 +1,176 @@
+"""One training step of layers that share their exchanges: autograd, first and second order.
+
+Forward: per-channel sums of the local part, one exchange, ``y = (x - mean) * invstd * weight + bias``.
+Backward: per-channel sums of dy and dy * xhat, one exchange,
+``dx = weight * invstd * (dy - sum_dy / n - xhat * sum_dy_xhat / n)`` with xhat = (x - mean) * invstd and n values per
+channel over all ranks. The gradients of weight and bias stay local sums, as DDP averages them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import kernels, moments, recompute
+from .collectives import Exchange, all_reduce
+from .moments import Moments
+
+
+class Layer(NamedTuple):
+    """What one layer brings to a training step; see `functional.sync_batch_norm`."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    momentum: float | Tensor
+    eps: float
+
+
+def normalize_batch(layers: Sequence[Layer], group: ProcessGroup) -> tuple[Tensor, ...]:
+    """Normalize the inputs of independent layers over ``group``: one exchange forward, one backward for all of them.
+
+    Moves their running statistics, but not in a recomputation.
+    """
+    arguments: list[Tensor | None] = []
+    with torch.no_grad():  # the backward pass knows how the moments depend on the input
+        for layer, batch in zip(layers, _global_moments(layers, group), strict=True):
+            x, running_mean, running_var, weight, bias, momentum, _ = layer
+            if running_mean is not None and running_var is not None and not recompute.is_recomputing():
+                moments.update_running_statistics(running_mean, running_var, batch, momentum, x.numel() == 0)
+            arguments += [x, weight, bias, batch.count, batch.mean, batch.invstd]
+    outputs: tuple[Tensor, ...] = _Normalize.apply(group, [layer.eps for layer in layers], *arguments)
+    return outputs
+
+
+def _global_moments(layers: Sequence[Layer], group: ProcessGroup) -> list[Moments]:
+    """Compute the moments over all ranks of ``group``: one exchange, none in a recomputation that has its records."""
+    known = [recompute.replay() for _ in layers]
+    if all(known):
+        return [batch for batch in known if batch is not None]
+    packed = [kernels.choose(layer.input).local_sums(layer.input) for layer in layers]
+    summed = all_reduce(packed[0] if len(packed) == 1 else torch.cat(packed), group)
+    batches = []
+    for layer, mine in zip(layers, torch.split(summed, [len(p) for p in packed]), strict=True):
+        x = layer.input
+        batch = moments.unpack(mine, layer.eps, x.numel() == 0)
+        if x.numel() <= x.shape[1]:  # so it is on every rank, if the global count is 1; no other rank has to read it
+            _refuse_one_value(batch.count)
+        recompute.record(batch)
+        batches.append(batch)
+    return batches
+
+
+def _refuse_one_value(count: Tensor) -> None:
+    message = "Expected more than 1 value per channel when training, got 1 over all ranks of the process group"
+    if torch.compiler.is_compiling():
+        torch._assert_async(count != 1, message)
+    elif count.item() == 1:
+        raise ValueError(f"{message}. Use a larger batch or eval mode.")
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalize with the moments of the whole batch, which are constants to autograd and functions of x in backward.
+
+    Takes six tensors per layer: x, weight, bias, count, mean, invstd. Saves the inputs, the weights and O(C) numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, eps: list[float], *tensors: Any) -> tuple[Tensor, ...]:
+        outputs, saved, bias_dtypes = [], [], []
+        for x, weight, bias, count, mean, invstd in _in_sixes(tensors):
+            dtype = kernels.sum_dtype(x)
+            mean, invstd = mean.to(dtype), invstd.to(dtype)
+            outputs.append(kernels.choose(x).normalize(x, mean, invstd, weight, bias))
+            saved += [x, weight, count, mean, invstd]
+            bias_dtypes.append(None if bias is None else bias.dtype)
+        ctx.save_for_backward(*saved)
+        ctx.group, ctx.eps, ctx.bias_dtypes = group, eps, bias_dtypes
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, _in_sixes(ctx.needs_input_grad[2:])
+        steps = []
+        for i, dy in enumerate(dys):
+            x, weight, count, mean, invstd = saved[5 * i : 5 * i + 5]
+            dy = torch.zeros_like(x) if dy is None else dy  # undefined here, perhaps not on the other ranks
+            steps.append(_Step(dy, x, weight, count, mean, invstd, needs[i][:3], ctx.eps[i], ctx.bias_dtypes[i]))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = [_differentiable_backward(step, ctx.group) for step in steps]
+        else:
+            grads = _backward(steps, ctx.group)
+        return None, None, *(gradient for three in grads for gradient in (*three, None, None, None))
+
+
+class _Step(NamedTuple):
+    """What the backward pass of one layer needs."""
+
+    dy: Tensor
+    x: Tensor
+    weight: Tensor | None
+    count: Tensor  # type: ignore[assignment]  # a field here, not tuple.count
+    mean: Tensor
+    invstd: Tensor
+    needs: Sequence[bool]  # dx, dweight, dbias
+    eps: float
+    bias_dtype: torch.dtype | None
+
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
+
+
+def _in_sixes(values: Sequence[Any]) -> list[Sequence[Any]]:
+    return [values[i : i + 6] for i in range(0, len(values), 6)]
+
+
+def _backward(steps: list[_Step], group: ProcessGroup) -> list[_Gradients]:
+    sums = [kernels.choose(s.x).backward_sums(s.dy, s.x, s.mean, s.invstd) for s in steps]
+    local = [part for s, parts in zip(steps, sums, strict=True) if s.needs[0] for part in parts]
+    exchange = Exchange(torch.cat(local).double(), group) if local else None  # (2C,) each
+    parameters = [
+        _parameter_gradients(s, *parts) for s, parts in zip(steps, sums, strict=True)
+    ]  # while it is under way
+    dxs: list[Tensor | None] = [None] * len(steps)
+    if exchange is not None:
+        who = [i for i, s in enumerate(steps) if s.needs[0]]
+        total = exchange.wait()
+        totals = [total] if len(who) == 1 else torch.split(total, [2 * len(steps[i].mean) for i in who])
+        for i, mine in zip(who, totals, strict=True):
+            s = steps[i]
+            dxs[i] = kernels.choose(s.x).input_gradient(s.dy, s.x, s.mean, s.invstd, s.weight, mine, s.count)
+    return [(dx, *two) for dx, two in zip(dxs, parameters, strict=True)]
+
+
+def _parameter_gradients(step: _Step, sum_dy: Tensor, sum_dy_xhat: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    dweight = sum_dy_xhat.to(step.weight.dtype) if step.needs[1] and step.weight is not None else None
+    return dweight, sum_dy.to(step.bias_dtype) if step.needs[2] and step.bias_dtype is not None else None
+
+
+def _differentiable_backward(step: _Step, group: ProcessGroup) -> _Gradients:
+    """Compute the gradients so that autograd can differentiate them again (``create_graph=True``).
+
+    The moments are functions of the inputs of all ranks, so they are computed anew: one exchange of 2C numbers more,
+    and every exchange has a gradient, which is one exchange. The known mean is a shift that keeps the sums small.
+    """
+    if not step.needs[0]:
+        sums = kernels.choose(step.x).backward_sums(step.dy, step.x, step.mean, step.invstd)
+        return None, *_parameter_gradients(step, *sums)
+    x = step.x
+    dims = [0, *range(2, x.dim())]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    count = step.count.clamp(min=1)
+    xmu = x.double() - step.mean.double().view(shape)
+    dy = step.dy.double()
+    mean, sqmean = (all_reduce(torch.cat([xmu.sum(dims), xmu.square().sum(dims)]), group) / count).chunk(2)
+    invstd = torch.rsqrt(sqmean - mean.square() + step.eps)
+    xhat = (xmu - mean.view(shape)) * invstd.view(shape)
+    sum_dy, sum_dy_xhat = dy.sum(dims), (dy * xhat).sum(dims)
+    mean_dy, mean_dy_xhat = (all_reduce(torch.cat([sum_dy, sum_dy_xhat]), group) / count).chunk(2)
+    scale = invstd if step.weight is None else invstd * step.weight
+    dx = (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape)) * scale.view(shape)
+    return dx.to(x.dtype), *_parameter_gradients(step, sum_dy, sum_dy_xhat)
