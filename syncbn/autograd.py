@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from . import kernels, moments, recompute
 from .collectives import Exchange, all_reduce
-from .moments import Moments
+from .moments import Batch
 
 
 class Layer(NamedTuple):
@@ -35,33 +35,40 @@ def normalize_batch(layers: Sequence[Layer], group: ProcessGroup) -> tuple[Tenso
 
     Moves their running statistics, but not in a recomputation.
     """
-    arguments: list[Tensor | None] = []
     with torch.no_grad():  # the backward pass knows how the moments depend on the input
-        for layer, batch in zip(layers, _global_moments(layers, group), strict=True):
-            x, running_mean, running_var, weight, bias, momentum, _ = layer
-            if running_mean is not None and running_var is not None and not recompute.is_recomputing():
-                moments.update_running_statistics(running_mean, running_var, batch, momentum, x.numel() == 0)
-            arguments += [x, weight, bias, batch.count, batch.mean, batch.invstd]
+        batches = _global_moments(layers, group)
+    arguments: list[Tensor | None] = []
+    for layer, batch in zip(layers, batches, strict=True):
+        arguments += [layer.input, layer.weight, layer.bias, *batch]
     outputs: tuple[Tensor, ...] = _Normalize.apply(group, [layer.eps for layer in layers], *arguments)
     return outputs
 
 
-def _global_moments(layers: Sequence[Layer], group: ProcessGroup) -> list[Moments]:
+def _global_moments(layers: Sequence[Layer], group: ProcessGroup) -> list[Batch]:
     """Compute the moments over all ranks of ``group``: one exchange, none in a recomputation that has its records."""
     known = [recompute.replay() for _ in layers]
     if all(known):
         return [batch for batch in known if batch is not None]
-    packed = [kernels.choose(layer.input).local_sums(layer.input) for layer in layers]
-    summed = all_reduce(packed[0] if len(packed) == 1 else torch.cat(packed), group)
-    batches = []
-    for layer, mine in zip(layers, torch.split(summed, [len(p) for p in packed]), strict=True):
-        x = layer.input
-        batch = moments.unpack(mine, layer.eps, x.numel() == 0)
-        if x.numel() <= x.shape[1]:  # so it is on every rank, if the global count is 1; no other rank has to read it
-            _refuse_one_value(batch.count)
+    chosen = [kernels.choose(layer.input) for layer in layers]
+    packed = [kernel.local_sums(layer.input) for kernel, layer in zip(chosen, layers, strict=True)]
+    if len(packed) == 1:
+        summed: Sequence[Tensor] = [all_reduce(packed[0], group)]
+    else:
+        summed = torch.split(all_reduce(torch.cat(packed), group), [len(p) for p in packed])
+    batches = [_advance(*three) for three in zip(chosen, layers, summed, strict=True)]
+    for batch in batches:
         recompute.record(batch)
-        batches.append(batch)
     return batches
+
+
+def _advance(kernel: kernels.Kernels, layer: Layer, packed: Tensor) -> Batch:
+    x, running_mean, running_var, _, _, momentum, eps = layer
+    if x.numel() <= x.shape[1]:  # so it is on every rank, if the global count is 1; no other rank has to read it
+        _refuse_one_value(packed[-1])
+    if recompute.is_recomputing():
+        running_mean = running_var = None  # the first pass has moved them
+    advance = getattr(kernel, "advance", moments.advance)
+    return Batch(*advance(packed, eps, kernels.sum_dtype(x), running_mean, running_var, momentum, x.numel() == 0))
 
 
 def _refuse_one_value(count: Tensor) -> None:
@@ -82,8 +89,6 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, group: ProcessGroup, eps: list[float], *tensors: Any) -> tuple[Tensor, ...]:
         outputs, saved, bias_dtypes = [], [], []
         for x, weight, bias, count, mean, invstd in _in_sixes(tensors):
-            dtype = kernels.sum_dtype(x)
-            mean, invstd = mean.to(dtype), invstd.to(dtype)
             outputs.append(kernels.choose(x).normalize(x, mean, invstd, weight, bias))
             saved += [x, weight, count, mean, invstd]
             bias_dtypes.append(None if bias is None else bias.dtype)
@@ -99,7 +104,11 @@ class _Normalize(torch.autograd.Function):
         for i, dy in enumerate(dys):
             x, weight, count, mean, invstd = saved[5 * i : 5 * i + 5]
             dy = torch.zeros_like(x) if dy is None else dy  # undefined here, perhaps not on the other ranks
-            steps.append(_Step(dy, x, weight, count, mean, invstd, needs[i][:3], ctx.eps[i], ctx.bias_dtypes[i]))
+            steps.append(
+                _Step(
+                    kernels.choose(x), dy, x, weight, count, mean, invstd, needs[i][:3], ctx.eps[i], ctx.bias_dtypes[i]
+                )
+            )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = [_differentiable_backward(step, ctx.group) for step in steps]
         else:
@@ -110,6 +119,7 @@ class _Normalize(torch.autograd.Function):
 class _Step(NamedTuple):
     """What the backward pass of one layer needs."""
 
+    kernel: kernels.Kernels
     dy: Tensor
     x: Tensor
     weight: Tensor | None
@@ -129,7 +139,7 @@ def _in_sixes(values: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def _backward(steps: list[_Step], group: ProcessGroup) -> list[_Gradients]:
-    sums = [kernels.choose(s.x).backward_sums(s.dy, s.x, s.mean, s.invstd) for s in steps]
+    sums = [s.kernel.backward_sums(s.dy, s.x, s.mean, s.invstd) for s in steps]
     local = [part for s, parts in zip(steps, sums, strict=True) if s.needs[0] for part in parts]
     exchange = Exchange(torch.cat(local).double(), group) if local else None  # (2C,) each
     parameters = [
@@ -142,7 +152,7 @@ def _backward(steps: list[_Step], group: ProcessGroup) -> list[_Gradients]:
         totals = [total] if len(who) == 1 else torch.split(total, [2 * len(steps[i].mean) for i in who])
         for i, mine in zip(who, totals, strict=True):
             s = steps[i]
-            dxs[i] = kernels.choose(s.x).input_gradient(s.dy, s.x, s.mean, s.invstd, s.weight, mine, s.count)
+            dxs[i] = s.kernel.input_gradient(s.dy, s.x, s.mean, s.invstd, s.weight, mine, s.count)
     return [(dx, *two) for dx, two in zip(dxs, parameters, strict=True)]
 
 
@@ -158,7 +168,7 @@ def _differentiable_backward(step: _Step, group: ProcessGroup) -> _Gradients:
     and every exchange has a gradient, which is one exchange. The known mean is a shift that keeps the sums small.
     """
     if not step.needs[0]:
-        sums = kernels.choose(step.x).backward_sums(step.dy, step.x, step.mean, step.invstd)
+        sums = step.kernel.backward_sums(step.dy, step.x, step.mean, step.invstd)
         return None, *_parameter_gradients(step, *sums)
     x = step.x
     dims = [0, *range(2, x.dim())]

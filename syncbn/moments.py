@@ -41,6 +41,41 @@ def unpack(packed: Tensor, eps: float, may_be_empty: bool = True) -> Moments:
     return Moments(count, mean, sqdev, (sqdev / divisor).add_(eps).rsqrt_())
 
 
+class Batch(NamedTuple):
+    """What the passes over the batch need: ``count`` of shape ``()`` in float64, the others ``(C,)``."""
+
+    count: Tensor  # type: ignore[assignment]  # a field here, not tuple.count
+    mean: Tensor
+    invstd: Tensor
+
+
+def advance(
+    packed: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float | Tensor = 0.0,
+    may_be_empty: bool = True,
+) -> Batch:
+    """Unpack the moments, and move the running statistics towards them if there are any.
+
+    Args:
+        packed: See `unpack`.
+        eps: See `unpack`.
+        dtype: Of the result.
+        running_mean: See `update_running_statistics`.
+        running_var: See `update_running_statistics`.
+        momentum: See `update_running_statistics`.
+        may_be_empty: Whether the global count may be 0.
+    """
+    moments = unpack(packed, eps, may_be_empty)
+    moments = moments._replace(mean=moments.mean.to(dtype), invstd=moments.invstd.to(dtype))
+    if running_mean is not None and running_var is not None:
+        update_running_statistics(running_mean, running_var, moments, momentum, may_be_empty)
+    return Batch(moments.count, moments.mean, moments.invstd)
+
+
 def update_running_statistics(
     running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor, may_be_empty: bool = True
 ) -> None:
@@ -59,6 +94,6 @@ def update_running_statistics(
     for running, batch in ((running_mean, mean), (running_var, sqdev / (count - 1))):
         if may_be_empty or isinstance(momentum, Tensor):
             old = running.double()
-            running.copy_(torch.where(count > 0, torch.lerp(old, batch, momentum), old))
+            running.copy_(torch.where(count > 0, torch.lerp(old, batch.double(), momentum), old))
         else:  # the usual case, in few operators: each is a launch
             running.lerp_(batch.to(running.dtype), momentum)

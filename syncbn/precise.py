@@ -146,7 +146,7 @@ def _add_input(name: str, sums: Tensor, layer: nn.Module, args: tuple[Any, ...],
             f"update_bn_stats: expected an input (N, {num_features}, *) for the {type(layer).__name__} {name!r}, "
             f"got {tuple(x.shape)}; freeze or eval() the layer to leave it out."
         )
-    sums += kernels.choose(x).local_sums(x).to(sums.device)
+    sums += kernels.reference.local_sums(x).to(sums.device)
 
 
 def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from .moments import Moments
+from .moments import Batch
 
 
 @dataclass
 class _Tape:
     """Moments of the layers called in one checkpointed region, in order; any number of recomputations read them."""
 
-    moments: list[Moments] = field(default_factory=list)
+    moments: list[Batch] = field(default_factory=list)
     position: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # by backward pass
 
 
@@ -35,7 +35,7 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and _backward_pass() != -1
 
 
-def replay() -> Moments | None:
+def replay() -> Batch | None:
     """Return the next record of the first pass, if this is a recomputation of a non-reentrant checkpoint."""
     frame, is_first_pass = _checkpoint_frame()
     tape = None if frame is None or is_first_pass else _tapes.get(frame)
@@ -46,7 +46,7 @@ def replay() -> Moments | None:
     return tape.moments[position] if position < len(tape.moments) else None
 
 
-def record(moments: Moments) -> None:
+def record(moments: Batch) -> None:
     """Keep ``moments`` for the recomputations, if this is the first pass of a non-reentrant checkpoint."""
     frame, is_first_pass = _checkpoint_frame()
     if frame is not None and is_first_pass:

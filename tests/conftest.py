@@ -8,7 +8,8 @@ OPTIONAL = {
     "torchvision": "torchvision does not import beside this torch",
     "timm": "timm is not installed",
 }
-ANYWHERE = {"chromium is not installed"}  # no Python package: it comes with the operating system
+# No Python packages: they come with the operating system, or do not.
+ANYWHERE = {"chromium is not installed", "network namespaces cannot be made", "no C++ compiler is installed"}
 MAY_SKIP = torch.__version__.startswith("2.13.")  # whose CPU build torchvision does not fit; elsewhere both are there
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()

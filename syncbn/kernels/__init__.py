@@ -1,8 +1,9 @@
 """The four per-device primitives behind one interface; none of them communicates.
 
 ``local_sums`` and ``normalize`` make the forward pass, ``backward_sums`` and ``input_gradient`` the backward pass.
-`reference` serves every device and torch.compile; `native` (CPU) is faster, from torch's own fused operators. Any of
-them can continue what another began. `ghost` stands beside them: it is what GhostBatchNorm computes.
+`reference` serves every device and torch.compile; `native` (CPU) is faster, from torch's own fused operators;
+`fused` (CPU, on request) is faster still, in C++. Any of them can continue what another began. `ghost` stands beside
+them: it is what GhostBatchNorm computes.
 """
 
 import os
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import cuda, native, reference
+from . import cuda, fused, native, reference
 from .reference import sum_dtype as sum_dtype
 
 CHOICES = ("auto", "reference", "native", "fused")
@@ -66,7 +67,7 @@ def choose(x: Tensor) -> Kernels:
     """Choose the implementation for ``x``; any of them can go on from what another computed."""
     if _chosen == "reference" or torch.compiler.is_compiling():
         return reference
-    for kernels in (native, cuda):
+    for kernels in (fused, native, cuda) if _chosen == "fused" else (native, cuda):
         if kernels.supports(x):
             return kernels
     return reference

@@ -3,7 +3,7 @@
 The backward pass of BatchNorm in eval mode sums ``dy`` and ``dy * (x - mean)`` in one pass; with ``dy = x`` that is
 the sum and the squared sum. BatchNorm in eval mode is one multiply-add per value. Dense inputs are seen as *planes*
 ``(N, C, L)`` or as *rows* ``(rows, C)`` (channels last). Both are cut into more channels of fewer values, which the
-first-level cache holds and whose float32 sums stay short; those are added up in float64.
+first-level cache holds and whose float32 sums stay short.
 """
 
 from functools import lru_cache
@@ -15,9 +15,10 @@ from torch import Tensor
 from .reference import backward_plane, forward_line, per_channel, sum_dtype
 
 _products = torch.ops.aten.native_batch_norm_backward.default
+_WORTH_CUTTING = 2**19  # values of x: below, a cut costs more than it saves (measured)
 _SHORT_PLANE = 128  # values; a plane is not cut shorter (measured)
 _MAX_WIDTH = 1024  # channels of rows side by side (measured)
-_MAX_LENGTH = 2048  # values of a channel added up in float32 one by one; in planes 16 at a time
+_MAX_LENGTH = 512  # values of a channel added up in float32 one by one, of rows; in planes 16 at a time
 _MAX_RATIO = 8  # mean**2 / var up to which plain squares are added up: they lose 3 bits of the variance
 
 
@@ -42,18 +43,15 @@ def _layout(shape: tuple[int, ...], stride: tuple[int, ...]) -> _Layout | None:
     is_rows = stride[1] == 1 and x.movedim(1, -1).is_contiguous()  # of planes of 1 value, which are both, too
     if not 0 < count <= 2**24 or not (is_rows or x.is_contiguous()):  # float32 counts to 2**24
         return None
-    if is_rows:
-        cuts = _cut_rows(count, shape[1])
-        return _Layout(True, cuts, count // cuts) if count // cuts <= _MAX_LENGTH else None
-    length = count // shape[0]
-    cuts = max(k for k in _divisors(length) if k == 1 or length // k >= _SHORT_PLANE)
-    return _Layout(False, cuts, length // cuts) if length // cuts <= 16 * _MAX_LENGTH else None
-
-
-def _cut_rows(num_rows: int, num_features: int) -> int:
-    divisors = _divisors(num_rows)
-    cuts = max(k for k in divisors if k == 1 or k * num_features <= _MAX_WIDTH)
-    return cuts if num_rows // cuts <= _MAX_LENGTH else min(k for k in divisors if num_rows // k <= _MAX_LENGTH)
+    width, length, limit = (shape[1], count, _MAX_LENGTH) if is_rows else (1, count // shape[0], 64 * _MAX_LENGTH)
+    divisors = _divisors(length)
+    cuts = 1
+    if x.numel() >= _WORTH_CUTTING:
+        fits = [k * width <= _MAX_WIDTH if is_rows else length // k >= _SHORT_PLANE for k in divisors]
+        cuts = max((k for k, fit in zip(divisors, fits, strict=True) if fit), default=1)
+    if length // cuts > limit:
+        cuts = min(k for k in divisors if length // k <= limit)
+    return _Layout(is_rows, cuts, length // cuts) if cuts <= 2**12 else None
 
 
 def _divisors(n: int) -> list[int]:
@@ -108,19 +106,19 @@ def _sums(dy: Tensor, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, T
     assert layout is not None
     is_rows, cuts, length = layout
     zero, one = _zero_one(cuts * x.shape[1], sum_dtype(x))
-    if is_rows:
-        size, stride = (1, len(one), length, 1), (len(one) * length, 1, len(one), len(one))
-    else:
-        size, stride = (x.shape[0], len(one), length, 1), (len(one) * length, length, 1, 1)
-    if shift is None:
-        shift = zero
-    elif cuts > 1:
+    if cuts > 1 or (is_rows and x.dim() not in (2, 4)):  # else the operator sees the layout by itself
+        if is_rows:
+            size, stride = (1, len(one), length, 1), (len(one) * length, 1, len(one), len(one))
+        else:
+            size, stride = (x.shape[0], len(one), length, 1), (len(one) * length, length, 1, 1)
+        x, dy = x.as_strided(size, stride), dy.as_strided(size, stride)
+    if shift is not None and cuts > 1:
         shift = shift.repeat(cuts) if is_rows else shift.repeat_interleave(cuts)
-    x, dy = x.as_strided(size, stride), dy.as_strided(size, stride)
+    shift = zero if shift is None else shift
     _, sum_dy_x, sum_dy = _products(dy, x, None, shift, one, None, None, False, 0.0, [False, True, True])
     if cuts > 1:
         shape, dim = ((cuts, -1), 0) if is_rows else ((-1, cuts), 1)
-        sum_dy, sum_dy_x = (t.view(shape).sum(dim, dtype=torch.float64) for t in (sum_dy, sum_dy_x))
+        sum_dy, sum_dy_x = (t.view(shape).sum(dim) for t in (sum_dy, sum_dy_x))
     return sum_dy, sum_dy_x
 
 

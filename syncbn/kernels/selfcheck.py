@@ -41,8 +41,8 @@ def _worst(
     kernels: ModuleType, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> tuple[float, str]:
     """Return the largest deviation, in tolerances, and the primitive it is in."""
-    steps = torch.arange(6.0 * 5 * 3 * 3, dtype=torch.float64, device=device)
-    x, dy = steps.square().sin().view(6, 5, 3, 3), steps.square().cos().view(6, 5, 3, 3)
+    steps = torch.arange(6.0 * 5 * 5 * 5, dtype=torch.float64, device=device)
+    x, dy = steps.square().sin().view(6, 5, 5, 5), steps.square().cos().view(6, 5, 5, 5)
     x[:, 0] = 0.75
     x[:, 1] += 50
     x, dy = (t.to(dtype, memory_format=memory_format) for t in (x, dy))

@@ -1,0 +1,45 @@
+"""Who is measured: ways to make a model of a model with nn.BatchNorm, and the kernels it then runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+import syncbn
+from syncbn.experiment.bench import peers
+
+
+class Contender(NamedTuple):
+    """What tables call it, how a model becomes one, and the name of the kernels of `syncbn.use_kernels`."""
+
+    label: str
+    convert: Callable[[nn.Module], nn.Module]
+    kernels: str = "auto"
+
+
+CONTENDERS = {
+    "plain": Contender("nn.BatchNorm", lambda model: model),
+    "bare": Contender("nn.BatchNorm + bare all_reduces", lambda model: peers.replace(model, peers.BareBatchNorm)),
+    "native": Contender("SyncBatchNorm", syncbn.convert),
+    "reference": Contender("SyncBatchNorm, reference kernels", syncbn.convert, "reference"),
+    "fused": Contender("SyncBatchNorm, fused kernels", syncbn.convert, "fused"),
+    "coalesced": Contender("SyncBatchNorm, coalesced", lambda model: syncbn.coalesce(syncbn.convert(model))),
+    "composed": Contender(
+        "composed of autograd operators", lambda model: peers.replace(model, peers.ComposedBatchNorm)
+    ),
+    "gather": Contender("gather-based, reference kernels", lambda model: peers.replace(model, peers.GatherBatchNorm)),
+    "floor": Contender("streaming floor", lambda model: peers.replace(model, peers.Floor)),
+}
+
+
+def check(names: Sequence[str]) -> None:
+    """Refuse an unknown contender.
+
+    Raises:
+        ValueError: With the choices.
+    """
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        raise ValueError(f"contenders: expected names out of {', '.join(CONTENDERS)}, got {', '.join(unknown)}")
