@@ -1,9 +1,12 @@
 """The four per-device primitives behind one interface; none of them communicates.
 
 ``local_sums`` and ``normalize`` make the forward pass, ``backward_sums`` and ``input_gradient`` the backward pass.
-`reference` serves every device and torch.compile; `native` (CPU) is faster, from torch's own fused operators;
-`fused` (CPU, on request) is faster still, in C++. Any of them can continue what another began. `ghost` stands beside
-them: it is what GhostBatchNorm computes.
+`reference` serves every device and torch.compile. `fused` is C++ for the CPU, built on first use; `native` are torch's
+own fused operators for the CPU, where there is no compiler; `cuda` those for CUDA. Any of them can go on from what
+another computed. `ghost` stands beside them: it is what GhostBatchNorm computes.
+
+``SYNCBN_KERNELS`` chooses: ``auto`` is the quickest that works here, ``fused`` the same with a warning where nothing
+can be built, ``native`` builds nothing, ``reference`` is reference.
 """
 
 import os
@@ -16,6 +19,9 @@ from torch import Tensor
 
 from . import cuda, fused, native, reference
 from .reference import sum_dtype as sum_dtype
+
+# vmap and its like, which need plain operators; private
+_are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 CHOICES = ("auto", "reference", "native", "fused")
 
@@ -65,9 +71,11 @@ def use_kernels(name: str) -> Iterator[None]:
 
 def choose(x: Tensor) -> Kernels:
     """Choose the implementation for ``x``; any of them can go on from what another computed."""
-    if _chosen == "reference" or torch.compiler.is_compiling():
+    if _chosen == "reference" or torch.compiler.is_compiling() or _are_transforms_active():
         return reference
-    for kernels in (fused, native, cuda) if _chosen == "fused" else (native, cuda):
+    if _chosen != "native" and fused.supports(x, quietly=_chosen == "auto"):
+        return fused
+    for kernels in (native, cuda):
         if kernels.supports(x):
             return kernels
     return reference

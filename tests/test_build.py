@@ -1,0 +1,129 @@
+"""kernels/build.py: a library is built once, by one of several processes or by all, where nobody else can write."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import syncbn
+from syncbn.kernels import build
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler is installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path / "home" / "syncbn" / "kernels"
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "number.h").write_text("#define NUMBER 1\n")
+    (folder / "one.cpp").write_text('#include "number.h"\nextern "C" int number() { return NUMBER; }\n')
+    return folder / "one.cpp"
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Count the builds."""
+    names = []
+    monkeypatch.setattr(build, "_build", lambda *a, original=build._build: names.append(a[-1].name) or original(*a))
+    return names
+
+
+def test_the_cache_is_used_until_something_changes(source, home, builds, monkeypatch):
+    assert [build.load(source).number() for _ in range(2)] == [1, 1]
+    assert len(builds) == 1
+    assert [path.name for path in home.iterdir()] == builds
+    assert home.stat().st_mode & 0o777 == 0o700
+    source.with_name("number.h").write_text("#define NUMBER 2\n")
+    assert build.load(source).number() == 2
+    monkeypatch.setattr(build, "_processor", lambda: "another")
+    build.load(source)
+    monkeypatch.setenv("CXX", f"{build._compiler()[0]} -DNUMBER_OF=3")
+    build.load(source)
+    assert len(set(builds)) == 4
+
+
+def test_processes_that_start_together(source, home):
+    code = (
+        "import pathlib, sys; from syncbn.kernels import build; print(build.load(pathlib.Path(sys.argv[1])).number())"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(syncbn.__file__).parents[1])}
+    command = [sys.executable, "-c", code, str(source)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env=env) for _ in range(2)]
+    assert [p.communicate()[0].strip() for p in processes] == [b"1", b"1"]
+    assert len(list(home.iterdir())) == 1  # nothing unfinished is left
+
+
+@pytest.mark.parametrize("what", ["folder", "library"])
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_what_others_can_write_is_refused(source, home, what, mode):
+    build.load(source)
+    path = home if what == "folder" else next(home.iterdir())
+    path.chmod(mode)
+    with pytest.raises(PermissionError, match=rf"expected {path} to be owned by user \d+ .*got owner .* mode .*w"):
+        build.load(source)
+
+
+def test_what_another_user_owns_is_refused(source, monkeypatch):
+    build.load(source)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="owned by user 12345"):
+        build.load(source)
+
+
+def test_a_link_to_elsewhere_is_refused(source, home, tmp_path):
+    build.load(source)
+    home.rename(tmp_path / "elsewhere")
+    home.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="mode l"):
+        build.load(source)
+
+
+@pytest.mark.parametrize("how", ["a file in the way", "read-only", "no home"])
+def test_without_a_cache_each_process_builds_for_itself(source, tmp_path, builds, monkeypatch, how):
+    if how == "a file in the way":
+        (tmp_path / "home").write_text("")
+    elif how == "read-only":
+        monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the standard says to ignore
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    assert [build.load(source).number() for _ in range(2)] == [1, 1]
+    assert len(builds) == 2
+    assert not list(temporary.iterdir())
+    assert not Path("~").exists()
+    assert not Path("relative").exists()
+
+
+def test_a_build_that_fails_leaves_nothing(source, home):
+    source.write_text("nonsense")
+    with pytest.raises(RuntimeError, match=r"(?s)expected `.*one\.cpp.*` to succeed, got exit code 1: .*nonsense"):
+        build.load(source)
+    assert not list(home.iterdir())
+
+
+def test_a_compiler_that_hangs(source, monkeypatch):
+    monkeypatch.setattr(build, "_TIMEOUT", 0.2)
+    monkeypatch.setenv("CXX", f"{sys.executable} -c 'import time; time.sleep(20)'")
+    with pytest.raises(subprocess.TimeoutExpired):
+        build.load(source)
+
+
+def test_no_compiler(source, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="expected a C\\+\\+ compiler"):
+        build.load(source)
