@@ -5,7 +5,9 @@ import warnings
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -269,3 +271,49 @@ def test_export_of_a_converted_model_in_eval_mode():
 def close(actual, expected):
     """float64 end to end: what differs is the order of sums."""
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+
+
+def compiled_model(rank, world_size, model, xs):
+    """Compile a whole model; count the collectives in its graphs, forward and backward."""
+    torch._dynamo.reset()
+    counts = []
+
+    def count(graph, inputs):
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        counts.append(sum("_c10d_functional.all_" in name for name in names))
+        return make_boxed_func(graph.forward)
+
+    model = syncbn.convert(copy.deepcopy(model))
+    eager, x = copy.deepcopy(model), xs[rank]
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+    outputs = []
+    for one in (eager, compiled):
+        y = one(x)
+        (y * torch.linspace(0, 1, y.shape[1], dtype=y.dtype)).square().sum().backward()
+        outputs.append(y.detach())
+    grads = [[p.grad for p in m.parameters()] for m in (eager, model)]
+    return counts, outputs, grads, [list(m.buffers()) for m in (eager, model)]
+
+
+def assert_compiles(run, model, num_layers):
+    xs = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).split([3, 1])
+    for counts, *pairs in run(compiled_model, 2, model.double(), xs, timeout=300):
+        assert counts == [num_layers, num_layers]  # one graph each way: as many collectives as in eager mode
+        for eager, compiled in pairs:
+            torch.testing.assert_close(compiled, eager, rtol=1e-8, atol=1e-9)
+
+
+def test_a_whole_model_compiles_without_graph_break(run):
+    from syncbn.experiment.nets import ResNet8
+
+    torch.manual_seed(0)
+    model = ResNet8(num_classes=4)
+    assert_compiles(run, model, sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()))
+
+
+@pytest.mark.slow
+def test_resnet18_compiles_without_graph_break(run):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    assert_compiles(run, resnet18(num_classes=4), 20)

@@ -433,3 +433,35 @@ def test_a_compiler_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with undecided(monkeypatch), pytest.warns(RuntimeWarning, match="FileNotFoundError.*no-such-compiler"):
         assert not fused.supports(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("running_dtype", [torch.float32, torch.float64, None])
+@pytest.mark.parametrize("dtype", SUM_DTYPES)
+def test_advance_moves_statistics_as_moments_does(dtype, running_dtype):
+    generator = torch.Generator().manual_seed(4)
+    packed = torch.rand(2 * 37 + 1, generator=generator, dtype=torch.float64) * 3
+    packed[37:-1] += 10
+    packed[-1], packed[3] = 8, math.nan
+    packed[5], packed[37 + 5] = 8.0, 8.0 - 1e-12  # rounding must not make a variance negative
+    running = [None, None]
+    if running_dtype is not None:
+        running = [torch.rand(37, generator=generator).to(running_dtype) for _ in range(2)]
+    expected = [None if t is None else t.clone() for t in running]
+    versions = [0 if t is None else t._version for t in running]
+    found = fused.advance(packed, 1e-5, dtype, *running, 0.3, False)
+    wanted = moments.advance(packed, 1e-5, dtype, *expected, 0.3, False)
+    for one, other in zip((*found, *running), (*wanted, *expected), strict=True):
+        if other is not None:
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, equal_nan=True)
+    assert found[1].isnan().sum() == 1
+    assert all(t is None or t._version > before for t, before in zip(running, versions, strict=True))
+
+
+def test_advance_leaves_to_moments_what_is_not_usual():
+    packed, mean, var = torch.ones(7, dtype=torch.float64), torch.zeros(3), torch.ones(3)
+    arguments = (packed, 1e-5, torch.float32)
+    assert fused.advance(*arguments, mean, var, torch.tensor(0.1), False) is None
+    assert fused.advance(*arguments, mean, var, 0.1, True) is None
+    assert fused.advance(*arguments, mean.half(), var.half(), 0.1, False) is None
+    assert fused.advance(*arguments, torch.zeros(6)[::2], var, 0.1, False) is None
