@@ -465,3 +465,10 @@ def test_advance_leaves_to_moments_what_is_not_usual():
     assert fused.advance(*arguments, mean, var, 0.1, True) is None
     assert fused.advance(*arguments, mean.half(), var.half(), 0.1, False) is None
     assert fused.advance(*arguments, torch.zeros(6)[::2], var, 0.1, False) is None
+
+
+def test_advance_takes_statistics_made_in_inference_mode():
+    with torch.inference_mode():
+        mean, var = torch.zeros(3), torch.ones(3)
+        assert fused.advance(torch.ones(7, dtype=torch.float64) * 4, 1e-5, torch.float32, mean, var, 0.5, False)
+    torch.testing.assert_close(mean, torch.full((3,), 0.5))

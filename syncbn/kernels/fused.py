@@ -85,15 +85,17 @@ def advance(
     """Do what `moments.advance` does, or return None for what is not usual."""
     num_features, running = len(packed) // 2, [t for t in (running_mean, running_var) if t is not None]
     usual = not may_be_empty and isinstance(momentum, float) and len(running) != 1
-    same = all(t.dtype == running[0].dtype and t.dtype in (torch.float32, torch.float64) for t in running)
-    if _library is None or not (usual and same and _fit(num_features, *running) and _fit(len(packed), packed)):
+    if _library is None or not (usual and _fit(num_features, *running)):
+        return None
+    if running and not running[0].dtype == running[1].dtype in (torch.float32, torch.float64):
         return None
     mean, invstd = torch.empty(2, num_features, dtype=dtype, device="cpu").unbind()
     pointers: list[int | None] = [t.data_ptr() for t in running] if running else [None, None]
     running_dtype = _DTYPES[running[0].dtype] if running else 0
     _library.advance(num_features, packed.data_ptr(), eps, *_pair(mean, invstd), momentum, running_dtype, *pointers)
     for t in running:
-        torch.autograd.graph.increment_version(t)
+        if not t.is_inference():  # which have no version
+            torch.autograd.graph.increment_version(t)
     return packed[-1], mean, invstd
 
 
@@ -159,7 +161,10 @@ def _matches(dy: Tensor, x: Tensor) -> bool:
 
 def _fit(num: int, *channels: Tensor | None) -> bool:
     """Whether these can be read as ``num`` values; if not, the reference says what is wrong, or takes them."""
-    return all(t is None or (_is_plain(t) and t.numel() == num and t.is_contiguous()) for t in channels)
+    for t in channels:  # a loop: this runs six times per layer and step
+        if t is not None and not (_is_plain(t) and t.numel() == num and t.is_contiguous()):
+            return False
+    return True
 
 
 def _channel(t: Tensor | None) -> tuple[int, int | None]:

@@ -22,7 +22,7 @@ class Contender(NamedTuple):
 CONTENDERS = {
     "plain": Contender("nn.BatchNorm", lambda model: model),
     "bare": Contender("nn.BatchNorm + bare all_reduces", lambda model: peers.replace(model, peers.BareBatchNorm)),
-    "native": Contender("SyncBatchNorm", syncbn.convert),
+    "native": Contender("SyncBatchNorm, native kernels", syncbn.convert, "native"),
     "reference": Contender("SyncBatchNorm, reference kernels", syncbn.convert, "reference"),
     "fused": Contender("SyncBatchNorm, fused kernels", syncbn.convert, "fused"),
     "coalesced": Contender("SyncBatchNorm, coalesced", lambda model: syncbn.coalesce(syncbn.convert(model))),
