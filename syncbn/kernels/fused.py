@@ -161,7 +161,7 @@ def _matches(dy: Tensor, x: Tensor) -> bool:
 
 def _fit(num: int, *channels: Tensor | None) -> bool:
     """Whether these can be read as ``num`` values; if not, the reference says what is wrong, or takes them."""
-    for t in channels:  # a loop: this runs six times per layer and step
+    for t in channels:  # noqa: SIM110  # a generator costs more, six times per layer and step
         if t is not None and not (_is_plain(t) and t.numel() == num and t.is_contiguous()):
             return False
     return True
