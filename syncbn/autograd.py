@@ -55,6 +55,11 @@ def _global_moments(layers: Sequence[Layer], group: ProcessGroup) -> list[Batch]
         summed: Sequence[Tensor] = [all_reduce(packed[0], group)]
     else:
         summed = torch.split(all_reduce(torch.cat(packed), group), [len(p) for p in packed])
+    for layer, mine in zip(layers, summed, strict=True):
+        if (
+            layer.input.numel() <= layer.input.shape[1]
+        ):  # as on every rank, if the global count is 1: no other reads it
+            _refuse_one_value(mine[-1])
     batches = [_advance(*three) for three in zip(chosen, layers, summed, strict=True)]
     for batch in batches:
         recompute.record(batch)
@@ -63,8 +68,6 @@ def _global_moments(layers: Sequence[Layer], group: ProcessGroup) -> list[Batch]
 
 def _advance(kernel: kernels.Kernels, layer: Layer, packed: Tensor) -> Batch:
     x, running_mean, running_var, _, _, momentum, eps = layer
-    if x.numel() <= x.shape[1]:  # so it is on every rank, if the global count is 1; no other rank has to read it
-        _refuse_one_value(packed[-1])
     if recompute.is_recomputing():
         running_mean = running_var = None  # the first pass has moved them
     arguments = (packed, eps, kernels.sum_dtype(x), running_mean, running_var, momentum, x.numel() == 0)
