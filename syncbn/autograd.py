@@ -98,6 +98,8 @@ class _Normalize(torch.autograd.Function):
             saved += [x, weight, count, mean, invstd]
             bias_dtypes.append(None if bias is None else bias.dtype)
         ctx.save_for_backward(*saved)
+        needs = _in_sixes(ctx.needs_input_grad[2:])
+        ctx.mark_non_differentiable(*(y for y, need in zip(outputs, needs, strict=True) if not any(need)))
         ctx.group, ctx.eps, ctx.bias_dtypes = group, eps, bias_dtypes
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -173,7 +175,7 @@ def _differentiable_backward(step: _Step, group: ProcessGroup) -> _Gradients:
     and every exchange has a gradient, which is one exchange. The known mean is a shift that keeps the sums small.
     """
     if not step.needs[0]:
-        sums = step.kernel.backward_sums(step.dy, step.x, step.mean, step.invstd)
+        sums = kernels.reference.backward_sums(step.dy, step.x, step.mean, step.invstd)  # seen by autograd
         return None, *_parameter_gradients(step, *sums)
     x = step.x
     dims = [0, *range(2, x.dim())]

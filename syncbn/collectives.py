@@ -26,7 +26,7 @@ _made_in: list[ProcessGroup] = []  # the world that _made belongs to
 
 
 def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum one packed buffer over the ranks of ``group``: one collective, the same result on every rank, bit by bit.
+    """Sum one packed buffer over the ranks of ``group``: one collective, the same result on every rank.
 
     Where gradients must flow through the sum (second order), its gradient is again a sum over the ranks. Otherwise
     ``packed`` may be overwritten.
@@ -42,6 +42,7 @@ def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
 class Exchange:
     """One sum over the ranks under way: the constructor starts it, `wait` returns it. ``packed`` may be overwritten.
 
+    On gloo small buffers are gathered, and added up here in one order: the same bits on all machines of one kind.
     Which collective it is depends on the group and the size alone, so that a rank whose torch.compile gave up agrees
     with the others. torch.compile needs the functional collectives.
     """

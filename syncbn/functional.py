@@ -34,7 +34,7 @@ def sync_batch_norm(
     joined, for any split, uneven and empty ones included. Ioffe & Szegedy 2015, algorithm 1; Peng et al. 2018
     (MegDet), section 3.3.
 
-    Collectives: in training, one all-reduce of 2C + 1 float64 numbers forward, and one of 2C backward if ``input``
+    Collectives: in training, one exchange of 2C + 1 float64 numbers forward, and one of 2C backward if ``input``
     requires a gradient (which must be so on all ranks or on none). None if ``training`` is False, without a process
     group, or in a group of one: then this is ``F.batch_norm``.
 
@@ -101,7 +101,8 @@ def sync_batch_norm_coalesced(
         ValueError: If the arguments are not of one length, or the inputs not on one device; and as `sync_batch_norm`.
     """
     nothing = [None] * len(inputs)
-    columns: list[Sequence[Any]] = [inputs, running_means, running_vars, weights or nothing, biases or nothing]
+    columns: list[Sequence[Any]] = [inputs, running_means, running_vars, nothing if weights is None else weights]
+    columns.append(nothing if biases is None else biases)
     if len({len(column) for column in columns}) != 1:
         names = ("inputs", "running_means", "running_vars", "weights", "biases")
         found = ", ".join(f"{len(column)} {name}" for name, column in zip(names, columns, strict=True))

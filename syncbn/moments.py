@@ -70,10 +70,9 @@ def advance(
         may_be_empty: Whether the global count may be 0.
     """
     moments = unpack(packed, eps, may_be_empty)
-    moments = moments._replace(mean=moments.mean.to(dtype), invstd=moments.invstd.to(dtype))
     if running_mean is not None and running_var is not None:
         update_running_statistics(running_mean, running_var, moments, momentum, may_be_empty)
-    return Batch(moments.count, moments.mean, moments.invstd)
+    return Batch(moments.count, moments.mean.to(dtype), moments.invstd.to(dtype))
 
 
 def update_running_statistics(
@@ -92,8 +91,10 @@ def update_running_statistics(
     """
     count, mean, sqdev, _ = moments
     for running, batch in ((running_mean, mean), (running_var, sqdev / (count - 1))):
-        if may_be_empty or isinstance(momentum, Tensor):
-            old = running.double()
-            running.copy_(torch.where(count > 0, torch.lerp(old, batch.double(), momentum), old))
-        else:  # the usual case, in few operators: each is a launch
-            running.lerp_(batch.to(running.dtype), momentum)
+        step = batch - running  # float64, and so is the sum: all ranks round alike, whatever path each takes
+        if may_be_empty:
+            step = torch.where(count > 0, step, 0)
+        if isinstance(momentum, Tensor):
+            running.add_(step * momentum)
+        else:
+            running.add_(step, alpha=momentum)

@@ -421,3 +421,80 @@ def test_eps_of_zero_is_refused(run):
 def test_zero_channels_without_parameters():
     with pytest.raises(ValueError, match="at least 1 channels"):
         sync_batch_norm(torch.ones(2, 0), None, None, training=True)
+
+
+def mixed_kernels(rank, world_size, xs, dys):
+    """Each rank with other kernels; the last one has no images."""
+    layer = syncbn.SyncBatchNorm(5)
+    layer.weight.data.copy_(torch.linspace(0.5, 1.5, 5))
+    x = xs[rank].clone().requires_grad_()
+    with syncbn.use_kernels(("fused", "native", "reference", "auto")[rank]):
+        for _ in range(3):
+            y = layer(x)
+        (y * dys[rank]).sum().backward()
+    return y.detach(), x.grad, layer.running_mean, layer.running_var
+
+
+def test_ranks_may_run_other_kernels(run):
+    sizes = [3, 2, 4, 0]
+    generator = torch.Generator().manual_seed(7)
+    xs, dys = (torch.randn(9, 5, 6, 6, generator=generator).split(sizes) for _ in range(2))
+    layer = nn.BatchNorm2d(5).double()
+    layer.weight.data.copy_(torch.linspace(0.5, 1.5, 5))
+    x = torch.cat(xs).double().requires_grad_()
+    for _ in range(3):
+        y = layer(x)
+    (y * torch.cat(dys)).sum().backward()
+    results = run(mixed_kernels, 4, xs, dys)
+    for i, expected in enumerate((y.detach(), x.grad)):
+        torch.testing.assert_close(torch.cat([r[i] for r in results]).double(), expected, rtol=2e-5, atol=2e-5)
+    for result in results:
+        for i, expected in enumerate((layer.running_mean, layer.running_var)):
+            torch.testing.assert_close(result[2 + i], results[0][2 + i], rtol=0, atol=0)
+            torch.testing.assert_close(result[2 + i].double(), expected, rtol=2e-6, atol=1e-7)
+
+
+def second_order_of_parameters(rank, world_size, xs, kernels):
+    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64)
+    with syncbn.use_kernels(kernels):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        loss = (layer(xs[rank]) ** 3 * scale).sum()  # the input needs no gradient, as in a first layer
+        grads = torch.autograd.grad(loss, [layer.weight, layer.bias], create_graph=True)
+        penalty = sum((g**2).sum() for g in grads) if rank == 0 else sum((g**3).sum() for g in grads)
+        return torch.autograd.grad(penalty, [layer.weight, layer.bias, scale])
+
+
+@pytest.mark.parametrize("kernels", ["auto", "native", "reference"])
+def test_second_order_of_the_parameters_alone(run, kernels):
+    xs = torch.randn(5, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).split([3, 2])
+    results = run(second_order_of_parameters, 2, xs, kernels)
+    layer = nn.BatchNorm1d(3, dtype=torch.float64)
+    for rank, found in enumerate(results):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        mine = layer(torch.cat(xs)).split([3, 2])[rank]
+        grads = torch.autograd.grad((mine**3 * scale).sum(), [layer.weight, layer.bias], create_graph=True)
+        penalty = sum((g**2).sum() for g in grads) if rank == 0 else sum((g**3).sum() for g in grads)
+        expected = torch.autograd.grad(penalty, [layer.weight, layer.bias, scale])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def odd_arguments(rank, world_size):
+    x, running = torch.randn(4, 3, 5), (torch.zeros(3), torch.ones(3))
+    syncbn.functional.sync_batch_norm(x, *running, training=True, momentum=torch.tensor([0.5]))
+    with torch.device("meta"), syncbn.use_kernels("native"):
+        y = syncbn.SyncBatchNorm(3, device="cpu")(x)
+    outputs = syncbn.functional.sync_batch_norm_coalesced(
+        [x.clone().requires_grad_(), x], [None] * 2, [None] * 2, training=True
+    )
+    last = x.transpose(1, 2).contiguous().transpose(1, 2).half()
+    with syncbn.use_kernels("native"):
+        strides = syncbn.functional.sync_batch_norm(last, None, None, training=True).stride() == last.stride()
+    return running[0], x, y.device.type, [y.requires_grad for y in outputs], strides
+
+
+def test_odd_arguments(run):
+    results = run(odd_arguments, 2)
+    mean = torch.cat([x for _, x, *_ in results]).mean((0, 2))
+    for running_mean, _, device, requires_grad, strides in results:
+        torch.testing.assert_close(running_mean, mean / 2)
+        assert (device, requires_grad, strides) == ("cpu", [True, False], True)

@@ -36,14 +36,17 @@ def load(source: Path) -> ctypes.CDLL:
     depends_on = [*texts, *command, _run([*compiler, "--version"]), _processor()]
     name = f"{source.stem}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]}.so"
     folder = _cache()
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="syncbn-", ignore_cleanup_errors=True) as private:
-            return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
-    library = folder / name
-    if not library.exists():
-        _build(command, source, library)
-    _refuse_foreign(library)
-    return ctypes.CDLL(str(library))
+    if folder is not None:
+        library = folder / name
+        if not library.exists():
+            _build(command, source, library)
+        _refuse_foreign(library)
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # damaged, or where nothing may be run
+            library.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="syncbn-", ignore_cleanup_errors=True) as private:
+        return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
 
 
 def _compiler() -> list[str]:

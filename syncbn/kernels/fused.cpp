@@ -274,16 +274,17 @@ void input_gradient(long dtype, long threads, long outer, long channels, long in
 void advance(long channels, const double* packed, double eps, long dtype, void* mean, void* invstd, double momentum,
              long running_dtype, void* running_mean, void* running_var) {
   double n = packed[2 * channels];
-  auto put = [](long dtype, void* p, long c, double value, double factor) {
-    auto move = [&](auto* to) { to[c] = factor == 1 ? value : (1 - factor) * to[c] + factor * value; };
-    dtype == 0 ? move(static_cast<float*>(p)) : move(static_cast<double*>(p));
+  auto put = [](long dtype, void* p, long c, auto value) {
+    auto to = [&](auto* t) { t[c] = value(t[c]); };
+    dtype == 0 ? to(static_cast<float*>(p)) : to(static_cast<double*>(p));
   };
   for (long c = 0; c < channels; ++c) {
     double m = packed[c] / n, sqdev = std::max(packed[channels + c] - packed[c] * m, 0.0);  // NaN stays
-    put(dtype, mean, c, m, 1);
-    put(dtype, invstd, c, 1 / std::sqrt(sqdev / n + eps), 1);
-    if (running_mean) put(running_dtype, running_mean, c, m, momentum);
-    if (running_var) put(running_dtype, running_var, c, sqdev / (n - 1), momentum);
+    put(dtype, mean, c, [&](double) { return m; });
+    put(dtype, invstd, c, [&](double) { return 1 / std::sqrt(sqdev / n + eps); });
+    if (running_mean) put(running_dtype, running_mean, c, [&](double old) { return old + momentum * (m - old); });
+    if (running_var)
+      put(running_dtype, running_var, c, [&](double old) { return old + momentum * (sqdev / (n - 1) - old); });
   }
 }
 }

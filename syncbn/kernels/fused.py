@@ -161,8 +161,8 @@ def _matches(dy: Tensor, x: Tensor) -> bool:
 
 def _fit(num: int, *channels: Tensor | None) -> bool:
     """Whether these can be read as ``num`` values; if not, the reference says what is wrong, or takes them."""
-    for t in channels:  # noqa: SIM110  # a generator costs more, six times per layer and step
-        if t is not None and not (_is_plain(t) and t.numel() == num and t.is_contiguous()):
+    for t in channels:  # a generator costs more, six times per layer and step
+        if t is not None and not (_is_plain(t) and t.numel() == num and t.is_contiguous() and t.data_ptr()):
             return False
     return True
 
@@ -189,8 +189,10 @@ def _is_ready(quietly: bool) -> bool:
             if not _is_decided:
                 try:
                     _problem = _load()
-                finally:  # where warnings are errors, too
+                except Exception:  # a warning, where warnings are errors; but an interrupt decides nothing
                     _is_decided = True
+                    raise
+                _is_decided = True
     if _problem and not quietly:
         message, _problem = _problem, ""
         warnings.warn(message, RuntimeWarning, stacklevel=4)

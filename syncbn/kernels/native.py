@@ -128,7 +128,7 @@ def _affine(x: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
         return torch.addcmul(per_channel(constant, x), x, per_channel(slope, x))
     zero, one = _zero_one(len(slope), slope.dtype)
     y, _, _ = torch.native_batch_norm(x, slope, constant, zero, one, False, 0.0, 0.0)
-    return y
+    return _like(y, x)  # it does not know rows of 3 dimensions
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
@@ -139,4 +139,5 @@ def _like(dy: Tensor, x: Tensor) -> Tensor:
 @lru_cache(256)
 def _zero_one(num_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Running statistics that change nothing; nobody writes to them."""
-    return torch.zeros(num_features, dtype=dtype), torch.ones(num_features, dtype=dtype)
+    zero = torch.zeros(num_features, dtype=dtype, device="cpu")
+    return zero, torch.ones_like(zero)
