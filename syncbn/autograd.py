@@ -56,9 +56,8 @@ def _global_moments(layers: Sequence[Layer], group: ProcessGroup) -> list[Batch]
     else:
         summed = torch.split(all_reduce(torch.cat(packed), group), [len(p) for p in packed])
     for layer, mine in zip(layers, summed, strict=True):
-        if (
-            layer.input.numel() <= layer.input.shape[1]
-        ):  # as on every rank, if the global count is 1: no other reads it
+        # with a global count of 1 every rank comes here; no other has to read it
+        if layer.input.numel() <= layer.input.shape[1]:
             _refuse_one_value(mine[-1])
     batches = [_advance(*three) for three in zip(chosen, layers, summed, strict=True)]
     for batch in batches:

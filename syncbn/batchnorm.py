@@ -88,9 +88,8 @@ class SyncBatchNorm(_BatchNorm):
     def _check(self, input: Tensor) -> None:
         self._check_input_dim(input)
         parameter = self.running_mean if self.weight is None else self.weight
-        functional.check_input(input, self.num_features if parameter is None else len(parameter), parameter)
-        if self.training and self.eps <= 0:
-            raise ValueError(f"expected eps to be positive in training, got {self.eps}.")
+        num_features = self.num_features if parameter is None else len(parameter)
+        functional.check_input(input, num_features, parameter, self.eps if self.training else None)
 
     def _enter(self, input: Tensor) -> Layer:
         """Begin a training step: count the batch, and hand over what the step needs."""

@@ -26,7 +26,7 @@ _made_in: list[ProcessGroup] = []  # the world that _made belongs to
 
 
 def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum one packed buffer over the ranks of ``group``: one collective, the same result on every rank.
+    """Sum one packed buffer over the ranks of ``group``: one collective, of the kind that `Exchange` chooses.
 
     Where gradients must flow through the sum (second order), its gradient is again a sum over the ranks. Otherwise
     ``packed`` may be overwritten.

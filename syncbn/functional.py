@@ -138,18 +138,17 @@ def check_layer(layer: Layer, training: bool) -> None:
     parameter = layer.running_mean if layer.weight is None else layer.weight
     x = layer.input
     num_features = len(parameter) if parameter is not None else x.shape[1] if x.dim() > 1 else 0
-    check_input(x, num_features, parameter)
-    if training and layer.eps <= 0:
-        raise ValueError(f"expected eps to be positive in training, got {layer.eps}.")
+    check_input(x, num_features, parameter, layer.eps if training else None)
 
 
-def check_input(x: Tensor, num_features: int, parameter: Tensor | None) -> None:
+def check_input(x: Tensor, num_features: int, parameter: Tensor | None, eps: float | None = None) -> None:
     """Refuse an input that does not fit the layer: what ``F.batch_norm`` refuses, on several processes as on one.
 
     Args:
         x: The input.
         num_features: Channels of the layer.
         parameter: One of its per-channel tensors, for the dtype; None if it has none.
+        eps: Of the layer, in training.
 
     Raises:
         ValueError: See `sync_batch_norm`.
@@ -163,6 +162,8 @@ def check_input(x: Tensor, num_features: int, parameter: Tensor | None) -> None:
     if x.shape[1] == 0 or x.shape[1] != num_features:
         wanted = num_features or "at least 1"
         raise ValueError(f"expected an input of {wanted} channels (N, C, *), got {x.shape[1]} in {tuple(x.shape)}.")
+    if eps is not None and eps <= 0:
+        raise ValueError(f"expected eps to be positive in training, got {eps}.")
     is_half = x.dtype in (torch.float16, torch.bfloat16)
     if parameter is not None and parameter.dtype not in (x.dtype, torch.float32 if is_half else x.dtype):
         raise ValueError(

@@ -41,7 +41,7 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
     the random state moves. Compiled modules run eagerly.
 
     Collectives: those of the model in training, for which all ranks must bring equally many batches (plain BatchNorm
-    needs not), then one all-reduce over the world for all layers, of 2C + 1 numbers each: also with subgroups, so all
+    needs not), then one exchange over the world for all layers, of 2C + 1 numbers each: also with subgroups, so all
     ranks end with equal statistics.
 
     Args:
@@ -84,7 +84,7 @@ def average_bn_stats(model: M) -> M:
     That is what plain BatchNorm under data parallelism can know without another pass over data. The new
     ``running_var`` is the mean of the ranks' variances: unlike the pooled variance of `update_bn_stats` it leaves out
     how the ranks' means differ. Frozen layers keep their statistics: average before you freeze. Collectives: one
-    all-reduce over the world for all layers; without a process group nothing happens.
+    exchange over the world for all layers; without a process group nothing happens.
 
     Returns:
         ``model`` itself.
@@ -150,7 +150,7 @@ def _add_input(name: str, sums: Tensor, layer: nn.Module, args: tuple[Any, ...],
 
 
 def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
-    """Sum float64 vectors over the world, each back to its device: one all-reduce."""
+    """Sum float64 vectors over the world, each back to its device: one exchange."""
     packed, group = torch.cat([part.to(parts[0].device) for part in parts]), GroupSpec(None).resolve()
     total = packed if group is None else all_reduce(packed, group)
     pieces = torch.split(total, [len(part) for part in parts])
