@@ -1,4 +1,4 @@
-"""The only file that calls torch.distributed: one exchange, and which ranks take part in it.
+"""Which ranks take part in an exchange.
 
 A *spec* says which ranks share their statistics; a group is made from it late, since models are built, copied and
 pickled where no process group exists yet. Making a group is a collective of the whole world: a different order on
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -23,61 +22,6 @@ ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
 _declared: "weakref.WeakValueDictionary[int | str, GroupSpec]" = weakref.WeakValueDictionary()  # those in use
 _made: dict[int | str, ProcessGroup | ValueError | None] = {}
 _made_in: list[ProcessGroup] = []  # the world that _made belongs to
-
-
-def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum one packed buffer over the ranks of ``group``: one collective, of the kind that `Exchange` chooses.
-
-    Where gradients must flow through the sum (second order), its gradient is again a sum over the ranks. Otherwise
-    ``packed`` may be overwritten.
-    """
-    if packed.requires_grad:
-        from torch.distributed import _functional_collectives as functional
-
-        summed: Tensor = functional.wait_tensor(functional.all_reduce(packed, "sum", group))  # type: ignore[no-untyped-call]
-        return summed
-    return Exchange(packed, group).wait()
-
-
-class Exchange:
-    """One sum over the ranks under way: the constructor starts it, `wait` returns it. ``packed`` may be overwritten.
-
-    On gloo small buffers are gathered, and added up here in one order: the same bits on all machines of one kind.
-    Which collective it is depends on the group and the size alone, so that a rank whose torch.compile gave up agrees
-    with the others. torch.compile needs the functional collectives.
-    """
-
-    def __init__(self, packed: Tensor, group: ProcessGroup) -> None:
-        self.gathers = _gathers(group, packed.device.type, packed.numel())
-        self.num_numbers, self.work = packed.numel(), None
-        if torch.compiler.is_compiling():
-            from torch.distributed import _functional_collectives as functional
-
-            if self.gathers:
-                self.result = functional.all_gather_single(packed, 0, group)
-            else:
-                self.result = functional.all_reduce(packed, "sum", group)
-        elif self.gathers:
-            self.result = packed.new_empty(dist.get_world_size(group) * packed.numel())
-            self.work = dist.all_gather_single(self.result, packed, group, async_op=True)
-        else:
-            self.result = packed
-            self.work = dist.all_reduce(packed, group=group, async_op=True)
-
-    def wait(self) -> Tensor:
-        """Return the sum."""
-        if self.work is not None:
-            self.work.wait()
-        return self.result.view(-1, self.num_numbers).sum(0) if self.gathers else self.result
-
-
-_GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
-
-
-def _gathers(group: ProcessGroup, device: str, num_numbers: int) -> bool:
-    """Whether a gather and a local sum in the order of ranks is quicker: on gloo, half the network's delays."""
-    num_bytes = 8 * num_numbers * dist.get_world_size(group)
-    return device == "cpu" and num_bytes <= _GATHER_BYTES and group._get_backend_name() == "gloo"
 
 
 class GroupSpec:
