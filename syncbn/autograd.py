@@ -35,33 +35,33 @@ def normalize_batch(layers: Sequence[Layer], group: ProcessGroup) -> tuple[Tenso
 
     Moves their running statistics, but not in a recomputation.
     """
+    chosen = [kernels.choose(layer.input) for layer in layers]
     with torch.no_grad():  # the backward pass knows how the moments depend on the input
-        batches = _global_moments(layers, group)
+        batches = _global_moments(layers, chosen, group)
     arguments: list[Tensor | None] = []
     for layer, batch in zip(layers, batches, strict=True):
-        arguments += [layer.input, layer.weight, layer.bias, *batch]
-    outputs: tuple[Tensor, ...] = _Normalize.apply(group, [layer.eps for layer in layers], *arguments)
+        arguments += (layer.input, layer.weight, layer.bias, *batch)
+    outputs: tuple[Tensor, ...] = _Normalize.apply(group, chosen, [layer.eps for layer in layers], *arguments)
     return outputs
 
 
-def _global_moments(layers: Sequence[Layer], group: ProcessGroup) -> list[Batch]:
+def _global_moments(layers: Sequence[Layer], chosen: list[kernels.Kernels], group: ProcessGroup) -> list[Batch]:
     """Compute the moments over all ranks of ``group``: one exchange, none in a recomputation that has its records."""
     known = [recompute.replay() for _ in layers]
-    if all(known):
+    if None not in known:
         return [batch for batch in known if batch is not None]
-    chosen = [kernels.choose(layer.input) for layer in layers]
     packed = [kernel.local_sums(layer.input) for kernel, layer in zip(chosen, layers, strict=True)]
     if len(packed) == 1:
         summed: Sequence[Tensor] = [all_reduce(packed[0], group)]
     else:
         summed = torch.split(all_reduce(torch.cat(packed), group), [len(p) for p in packed])
-    for layer, mine in zip(layers, summed, strict=True):
+    batches = []
+    for kernel, layer, mine in zip(chosen, layers, summed, strict=True):
         # with a global count of 1 every rank comes here; no other has to read it
         if layer.input.numel() <= layer.input.shape[1]:
             _refuse_one_value(mine[-1])
-    batches = [_advance(*three) for three in zip(chosen, layers, summed, strict=True)]
-    for batch in batches:
-        recompute.record(batch)
+        batches.append(_advance(kernel, layer, mine))
+        recompute.record(batches[-1])
     return batches
 
 
@@ -90,36 +90,48 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, eps: list[float], *tensors: Any) -> tuple[Tensor, ...]:
-        outputs, saved, bias_dtypes = [], [], []
-        for x, weight, bias, count, mean, invstd in _in_sixes(tensors):
-            outputs.append(kernels.choose(x).normalize(x, mean, invstd, weight, bias))
-            saved += [x, weight, count, mean, invstd]
+    def forward(
+        ctx: Any, group: ProcessGroup, chosen: list[kernels.Kernels], eps: list[float], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        outputs: list[Tensor] = []
+        saved: list[Tensor | None] = []
+        bias_dtypes, constant = [], []
+        needs = ctx.needs_input_grad[3:]
+        for i, kernel in enumerate(chosen):
+            x, weight, bias, count, mean, invstd = tensors[6 * i : 6 * i + 6]
+            y = kernel.normalize(x, mean, invstd, weight, bias)
+            outputs.append(y)
+            saved += (x, weight, count, mean, invstd)
             bias_dtypes.append(None if bias is None else bias.dtype)
+            if True not in needs[6 * i : 6 * i + 3]:
+                constant.append(y)
         ctx.save_for_backward(*saved)
-        needs = _in_sixes(ctx.needs_input_grad[2:])
-        ctx.mark_non_differentiable(*(y for y, need in zip(outputs, needs, strict=True) if not any(need)))
+        if constant:
+            ctx.mark_non_differentiable(*constant)
         ctx.group, ctx.eps, ctx.bias_dtypes = group, eps, bias_dtypes
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, _in_sixes(ctx.needs_input_grad[2:])
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         steps = []
         for i, dy in enumerate(dys):
             x, weight, count, mean, invstd = saved[5 * i : 5 * i + 5]
-            dy = torch.zeros_like(x) if dy is None else dy  # undefined here, perhaps not on the other ranks
+            if dy is None:
+                dy = torch.zeros_like(x)  # undefined here, perhaps not on the other ranks
+            mine = needs[6 * i : 6 * i + 3]
             steps.append(
-                _Step(
-                    kernels.choose(x), dy, x, weight, count, mean, invstd, needs[i][:3], ctx.eps[i], ctx.bias_dtypes[i]
-                )
+                _Step(kernels.choose(x), dy, x, weight, count, mean, invstd, mine, ctx.eps[i], ctx.bias_dtypes[i])
             )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = [_differentiable_backward(step, ctx.group) for step in steps]
         else:
             grads = _backward(steps, ctx.group)
-        return None, None, *(gradient for three in grads for gradient in (*three, None, None, None))
+        result: list[Tensor | None] = [None, None, None]
+        for three in grads:
+            result += (*three, None, None, None)
+        return tuple(result)
 
 
 class _Step(NamedTuple):
@@ -140,26 +152,26 @@ class _Step(NamedTuple):
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
 
 
-def _in_sixes(values: Sequence[Any]) -> list[Sequence[Any]]:
-    return [values[i : i + 6] for i in range(0, len(values), 6)]
-
-
 def _backward(steps: list[_Step], group: ProcessGroup) -> list[_Gradients]:
-    sums = [s.kernel.backward_sums(s.dy, s.x, s.mean, s.invstd) for s in steps]
-    local = [part for s, parts in zip(steps, sums, strict=True) if s.needs[0] for part in parts]
+    local: list[Tensor] = []
+    sums = []
+    for s in steps:
+        sums.append(s.kernel.backward_sums(s.dy, s.x, s.mean, s.invstd))
+        local += sums[-1] if s.needs[0] else ()
     exchange = Exchange(torch.cat(local).double(), group) if local else None  # (2C,) each
-    parameters = [
-        _parameter_gradients(s, *parts) for s, parts in zip(steps, sums, strict=True)
-    ]  # while it is under way
-    dxs: list[Tensor | None] = [None] * len(steps)
-    if exchange is not None:
-        who = [i for i, s in enumerate(steps) if s.needs[0]]
-        total = exchange.wait()
-        totals = [total] if len(who) == 1 else torch.split(total, [2 * len(steps[i].mean) for i in who])
-        for i, mine in zip(who, totals, strict=True):
-            s = steps[i]
-            dxs[i] = s.kernel.input_gradient(s.dy, s.x, s.mean, s.invstd, s.weight, mine, s.count)
-    return [(dx, *two) for dx, two in zip(dxs, parameters, strict=True)]
+    # while it is under way
+    parameters = [_parameter_gradients(s, *parts) for s, parts in zip(steps, sums, strict=True)]
+    if exchange is None:
+        return [(None, *two) for two in parameters]
+    total, start, gradients = exchange.wait(), 0, []
+    for s, two in zip(steps, parameters, strict=True):
+        dx, end = None, start + 2 * len(s.mean)
+        if s.needs[0]:
+            mine = total if end - start == len(total) else total[start:end]
+            dx = s.kernel.input_gradient(s.dy, s.x, s.mean, s.invstd, s.weight, mine, s.count)
+            start = end
+        gradients.append((dx, *two))
+    return gradients
 
 
 def _parameter_gradients(step: _Step, sum_dy: Tensor, sum_dy_xhat: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -29,8 +29,9 @@ class Exchange:
     """
 
     def __init__(self, packed: Tensor, group: ProcessGroup) -> None:
-        self.gathers = _gathers(group, packed.device.type, packed.numel())
-        self.num_numbers, self.work = packed.numel(), None
+        self.work, num_ranks = None, group.size()
+        self.gathers = _gathers(group, packed, num_ranks)
+        self.shape = num_ranks, packed.numel()
         if torch.compiler.is_compiling():
             from torch.distributed import _functional_collectives as functional
 
@@ -39,7 +40,7 @@ class Exchange:
             else:
                 self.result = functional.all_reduce(packed, "sum", group)
         elif self.gathers:
-            self.result = packed.new_empty(dist.get_world_size(group) * packed.numel())
+            self.result = packed.new_empty(num_ranks * packed.numel())  # flat, as gloo wants it
             self.work = dist.all_gather_single(self.result, packed, group, async_op=True)
         else:
             self.result = packed
@@ -49,13 +50,13 @@ class Exchange:
         """Return the sum."""
         if self.work is not None:
             self.work.wait()
-        return self.result.view(-1, self.num_numbers).sum(0) if self.gathers else self.result
+        return self.result.view(self.shape).sum(0) if self.gathers else self.result
 
 
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
 
-def _gathers(group: ProcessGroup, device: str, num_numbers: int) -> bool:
+def _gathers(group: ProcessGroup, packed: Tensor, num_ranks: int) -> bool:
     """Whether a gather and a local sum in the order of ranks is quicker: on gloo, half the network's delays."""
-    num_bytes = 8 * num_numbers * dist.get_world_size(group)
-    return device == "cpu" and num_bytes <= _GATHER_BYTES and group._get_backend_name() == "gloo"
+    num_bytes = 8 * packed.numel() * num_ranks
+    return packed.is_cpu and num_bytes <= _GATHER_BYTES and group._get_backend_name() == "gloo"

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 _TIMEOUT = 60  # seconds
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-shared", "-pthread")
 
 
 def load(source: Path) -> ctypes.CDLL:

@@ -205,11 +205,21 @@ template <class F> void with_dtype(long dtype, F f) {  // numbered as in fused.p
   if (dtype == 3) f(BFloat{});
 }
 
+// What fused.py packs: every number and pointer takes eight bytes.
+struct Layout {
+  long dtype, threads, outer, channels, inner;  // dtype is that of x, dy, y and dx
+  Shape shape(long min_width) const { return {threads, outer, channels, inner, min_width}; }
+};
+struct Values {  // a per-channel tensor; p is null where there is none
+  long dtype;
+  void* p;
+};
+
 // A per-channel tensor as doubles (up to D more of them), `otherwise` if there is none.
-Channel channel(const void* p, long dtype, long num, double otherwise = 0) {
+Channel channel(const Values& v, long num, double otherwise = 0) {
   Channel out(num + D, otherwise);
-  if (p) with_dtype(dtype, [&](auto t) {
-      auto from = static_cast<const decltype(t)*>(p);
+  if (v.p) with_dtype(v.dtype, [&](auto t) {
+      auto from = static_cast<const decltype(t)*>(v.p);
       for (long c = 0; c < num; c += D)
         write(&out[c], load_double(Padded<decltype(t), D>(from + c, std::min(num - c, D)).values));
     });
@@ -218,73 +228,115 @@ Channel channel(const void* p, long dtype, long num, double otherwise = 0) {
 
 }  // namespace
 
-// dtype is that of x, dy, y and dx, channel_dtype that of mean and invstd; sums and count are double.
 extern "C" {
 
-void local_sums(long dtype, long threads, long outer, long channels, long inner, const void* x, double* packed) {
-  with_dtype(dtype, [&](auto t) {
-    auto a = static_cast<const decltype(t)*>(x);
-    sums<false>({threads, outer, channels, inner, D}, a, a, packed);
+struct LocalSums {
+  Layout layout;
+  const void* x;
+  double* packed;
+};
+
+void local_sums(const LocalSums* a) {
+  with_dtype(a->layout.dtype, [&](auto t) {
+    auto x = static_cast<const decltype(t)*>(a->x);
+    sums<false>(a->layout.shape(D), x, x, a->packed);
   });
-  packed[2 * channels] = double(outer * inner);
+  a->packed[2 * a->layout.channels] = double(a->layout.outer * a->layout.inner);
 }
 
-void normalize(long dtype, long threads, long outer, long channels, long inner, const void* x, long channel_dtype,
-               const void* mean, const void* invstd, long weight_dtype, const void* weight, long bias_dtype,
-               const void* bias, void* y) {
-  Channel centre = channel(mean, channel_dtype, channels), scale = channel(invstd, channel_dtype, channels);
-  Channel factor = channel(weight, weight_dtype, channels, 1), offset = channel(bias, bias_dtype, channels);
+struct Normalize {
+  Layout layout;
+  Values mean, invstd, weight, bias;
+  const void* x;
+  void* y;
+};
+
+void normalize(const Normalize* a) {
+  long channels = a->layout.channels;
+  Channel centre = channel(a->mean, channels), scale = channel(a->invstd, channels);
+  Channel factor = channel(a->weight, channels, 1), offset = channel(a->bias, channels);
   for (long c = 0; c < channels; ++c) scale[c] *= factor[c];
-  with_dtype(dtype, [&](auto t) {
-    auto a = static_cast<const decltype(t)*>(x);
-    auto out = static_cast<decltype(t)*>(y);
-    affine<false>({threads, outer, channels, inner, WIDTH}, a, a, out, centre, scale, offset, scale);
-  });
-}
-
-void backward_sums(long dtype, long threads, long outer, long channels, long inner, const void* dy, const void* x,
-                   long channel_dtype, const void* mean, const void* invstd, double* out) {
-  Channel centre = channel(mean, channel_dtype, channels), scale = channel(invstd, channel_dtype, channels);
-  with_dtype(dtype, [&](auto t) {
+  with_dtype(a->layout.dtype, [&](auto t) {
     using T = decltype(t);
-    sums<true>({threads, outer, channels, inner, D}, static_cast<const T*>(dy), static_cast<const T*>(x), out);
+    auto x = static_cast<const T*>(a->x);
+    affine<false>(a->layout.shape(WIDTH), x, x, static_cast<T*>(a->y), centre, scale, offset, scale);
   });
-  for (long c = 0; c < channels; ++c) out[channels + c] = (out[channels + c] - centre[c] * out[c]) * scale[c];
 }
 
-void input_gradient(long dtype, long threads, long outer, long channels, long inner, const void* dy, const void* x,
-                    long channel_dtype, const void* mean, const void* invstd, long weight_dtype, const void* weight,
-                    const double* sums, const double* count, void* dx) {
-  Channel centre = channel(mean, channel_dtype, channels), scale = channel(invstd, channel_dtype, channels);
-  Channel slope = channel(weight, weight_dtype, channels, 1), offset = slope;
-  double n = std::max(*count, 1.0);
+struct BackwardSums {
+  Layout layout;
+  Values mean, invstd;
+  const void *dy, *x;
+  double* sums;
+};
+
+void backward_sums(const BackwardSums* a) {
+  long channels = a->layout.channels;
+  Channel centre = channel(a->mean, channels), scale = channel(a->invstd, channels);
+  double *sum_dy = a->sums, *sum_dy_xhat = sum_dy + channels;
+  with_dtype(a->layout.dtype, [&](auto t) {
+    using T = decltype(t);
+    sums<true>(a->layout.shape(D), static_cast<const T*>(a->dy), static_cast<const T*>(a->x), sum_dy);
+  });
+  for (long c = 0; c < channels; ++c) sum_dy_xhat[c] = (sum_dy_xhat[c] - centre[c] * sum_dy[c]) * scale[c];
+}
+
+struct InputGradient {
+  Layout layout;
+  Values mean, invstd, weight;
+  const void *dy, *x;
+  const double *sums, *count;
+  void* dx;
+};
+
+void input_gradient(const InputGradient* a) {
+  long channels = a->layout.channels;
+  Channel centre = channel(a->mean, channels), scale = channel(a->invstd, channels);
+  Channel slope = channel(a->weight, channels, 1), offset = slope;
+  double n = std::max(*a->count, 1.0);
   for (long c = 0; c < channels; ++c) {
     slope[c] *= scale[c];
-    offset[c] = -slope[c] * sums[c] / n;
-    scale[c] *= -slope[c] * sums[channels + c] / n;
+    offset[c] = -slope[c] * a->sums[c] / n;
+    scale[c] *= -slope[c] * a->sums[channels + c] / n;
   }
-  with_dtype(dtype, [&](auto t) {
+  with_dtype(a->layout.dtype, [&](auto t) {
     using T = decltype(t);
-    affine<true>({threads, outer, channels, inner, WIDTH}, static_cast<const T*>(x), static_cast<const T*>(dy),
-                 static_cast<T*>(dx), centre, scale, offset, slope);
+    affine<true>(a->layout.shape(WIDTH), static_cast<const T*>(a->x), static_cast<const T*>(a->dy),
+                 static_cast<T*>(a->dx), centre, scale, offset, slope);
   });
 }
 
+struct Advance {
+  long channels;
+  const double* packed;
+  double eps, momentum;
+  Values mean, invstd, running_mean, running_var;  // of float or double
+};
+
 // moments.py's `advance`: mean and invstd of the whole batch; the running statistics, if any, move towards it.
-void advance(long channels, const double* packed, double eps, long dtype, void* mean, void* invstd, double momentum,
-             long running_dtype, void* running_mean, void* running_var) {
-  double n = packed[2 * channels];
-  auto put = [](long dtype, void* p, long c, auto value) {
-    auto to = [&](auto* t) { t[c] = value(t[c]); };
-    dtype == 0 ? to(static_cast<float*>(p)) : to(static_cast<double*>(p));
-  };
+void advance(const Advance* a) {
+  long channels = a->channels;
+  const double *sum = a->packed, *sqsum = sum + channels, n = sum[2 * channels];
+  Channel mean(channels), sqdev(channels), invstd(channels);
   for (long c = 0; c < channels; ++c) {
-    double m = packed[c] / n, sqdev = std::max(packed[channels + c] - packed[c] * m, 0.0);  // NaN stays
-    put(dtype, mean, c, [&](double) { return m; });
-    put(dtype, invstd, c, [&](double) { return 1 / std::sqrt(sqdev / n + eps); });
-    if (running_mean) put(running_dtype, running_mean, c, [&](double old) { return old + momentum * (m - old); });
-    if (running_var)
-      put(running_dtype, running_var, c, [&](double old) { return old + momentum * (sqdev / (n - 1) - old); });
+    mean[c] = sum[c] / n;
+    sqdev[c] = std::max(sqsum[c] - sum[c] * mean[c], 0.0);  // NaN stays
+    invstd[c] = 1 / std::sqrt(sqdev[c] / n + a->eps);
   }
+  auto put = [&](const Values& v, const Channel& from) {
+    if (v.dtype == 0) std::copy_n(from.data(), channels, static_cast<float*>(v.p));
+    if (v.dtype == 1) std::copy_n(from.data(), channels, static_cast<double*>(v.p));
+  };
+  auto move = [&](const Values& running, const Channel& batch) {
+    if (!running.p) return;
+    Channel now = channel(running, channels);
+    for (long c = 0; c < channels; ++c) now[c] += a->momentum * (batch[c] - now[c]);
+    put(running, now);
+  };
+  put(a->mean, mean);
+  put(a->invstd, invstd);
+  move(a->running_mean, mean);
+  for (double& v : sqdev) v /= n - 1;
+  move(a->running_var, sqdev);
 }
 }

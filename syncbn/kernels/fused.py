@@ -6,6 +6,7 @@ of input. Where nothing can be built, `supports` is False from then on.
 """
 
 import ctypes
+import struct
 import sys
 import threading
 import warnings
@@ -19,15 +20,13 @@ from . import build, reference, selfcheck
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in fused.cpp
 _PLAIN = (Tensor, torch.nn.Parameter)
-_LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
-_SHAPE = [_LONG] * 5  # dtype, threads, outer, channels, inner
-_CHANNEL = [_LONG, _POINTER]  # dtype, values
-_ARGUMENTS = {
-    "local_sums": [*_SHAPE, _POINTER, _POINTER],
-    "normalize": [*_SHAPE, _POINTER, *_CHANNEL, _POINTER, *_CHANNEL, *_CHANNEL, _POINTER],
-    "backward_sums": [*_SHAPE, _POINTER, _POINTER, *_CHANNEL, _POINTER, _POINTER],
-    "input_gradient": [*_SHAPE, _POINTER, _POINTER, *_CHANNEL, _POINTER, *_CHANNEL, *[_POINTER] * 3],
-    "advance": [_LONG, _POINTER, ctypes.c_double, *_CHANNEL, _POINTER, ctypes.c_double, *_CHANNEL, _POINTER],
+_LAYOUT, _CHANNEL = "5q", "qQ"  # dtype, threads, outer, channels, inner; dtype, values
+_ARGUMENTS = {  # one packed struct each: ctypes takes longer for an argument than for such a call
+    "local_sums": struct.Struct(_LAYOUT + "2Q"),
+    "normalize": struct.Struct(_LAYOUT + 4 * _CHANNEL + "2Q"),
+    "backward_sums": struct.Struct(_LAYOUT + 2 * _CHANNEL + "3Q"),
+    "input_gradient": struct.Struct(_LAYOUT + 3 * _CHANNEL + "5Q"),
+    "advance": struct.Struct("qQ2d" + 4 * _CHANNEL),
 }
 
 # Private; in a torch without them `supports` is False.
@@ -60,16 +59,17 @@ def supports(x: Tensor, quietly: bool = False) -> bool:
 def local_sums(x: Tensor) -> Tensor:
     """Compute ``[sum, sqsum, count]`` of this rank; see `reference.local_sums`."""
     packed = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64, device="cpu")
-    _call("local_sums", x, x.data_ptr(), packed.data_ptr())
+    _call("local_sums", *_describe(x), x.data_ptr(), packed.data_ptr())
     return packed
 
 
 def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Compute ``y = (x - mean) * invstd * weight + bias``; see `reference.normalize`."""
-    if not _fit(x.shape[1], mean, invstd, weight, bias):
+    channel = _channel(x.shape[1], mean, invstd, weight, bias)
+    if channel is None:
         return reference.normalize(x, mean, invstd, weight, bias)
     y = torch.empty_like(x)
-    _call("normalize", x, x.data_ptr(), *_pair(mean, invstd), *_channel(weight), *_channel(bias), y.data_ptr())
+    _call("normalize", *_describe(x), *channel, x.data_ptr(), y.data_ptr())
     return y
 
 
@@ -83,29 +83,33 @@ def advance(
     may_be_empty: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Do what `moments.advance` does, or return None for what is not usual."""
-    num_features, running = len(packed) // 2, [t for t in (running_mean, running_var) if t is not None]
-    usual = not may_be_empty and isinstance(momentum, float) and len(running) != 1
-    if _library is None or not (usual and _fit(num_features, *running)):
+    num_features = len(packed) // 2
+    if (
+        _library is None
+        or may_be_empty
+        or isinstance(momentum, Tensor)
+        or (running_mean is None) != (running_var is None)
+    ):
         return None
-    if running and not running[0].dtype == running[1].dtype in (torch.float32, torch.float64):
+    mean, invstd = torch.empty((2, num_features), dtype=dtype, device="cpu").unbind()
+    channel = _channel(num_features, mean, invstd, running_mean, running_var)
+    if channel is None or channel[4] != channel[6] or channel[4] > 1:  # half types, or two
         return None
-    mean, invstd = torch.empty(2, num_features, dtype=dtype, device="cpu").unbind()
-    pointers: list[int | None] = [t.data_ptr() for t in running] if running else [None, None]
-    running_dtype = _DTYPES[running[0].dtype] if running else 0
-    _library.advance(num_features, packed.data_ptr(), eps, *_pair(mean, invstd), momentum, running_dtype, *pointers)
-    for t in running:
-        if not t.is_inference():  # which have no version
+    _call("advance", num_features, packed.data_ptr(), eps, momentum, *channel)
+    for t in (running_mean, running_var):
+        if t is not None and not t.is_inference():  # which have no version
             torch.autograd.graph.increment_version(t)
     return packed[-1], mean, invstd
 
 
 def backward_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     """Compute ``sum_dy`` and ``sum_dy_xhat`` of this rank, float64; see `reference.backward_sums`."""
-    if not (_matches(dy, x) and _fit(x.shape[1], mean, invstd)):
+    channel = _channel(x.shape[1], mean, invstd)
+    if channel is None or not _matches(dy, x):
         return reference.backward_sums(dy, x, mean, invstd)
     dy = _like(dy, x)
-    sums = torch.empty(2, x.shape[1], dtype=torch.float64, device="cpu")
-    _call("backward_sums", x, dy.data_ptr(), x.data_ptr(), *_pair(mean, invstd), sums.data_ptr())
+    sums = torch.empty((2, x.shape[1]), dtype=torch.float64, device="cpu")
+    _call("backward_sums", *_describe(x), *channel, dy.data_ptr(), x.data_ptr(), sums.data_ptr())
     sum_dy, sum_dy_xhat = sums.unbind()
     return sum_dy, sum_dy_xhat
 
@@ -116,20 +120,25 @@ def input_gradient(
     """Compute ``dx = weight * invstd * (dy - sum_dy / n - xhat * sum_dy_xhat / n)``; see `reference`."""
     num_features = x.shape[1]
     sums, count = sums.double(), count.double()
-    is_fit = _fit(num_features, mean, invstd, weight) and _fit(2 * num_features, sums) and _fit(1, count)
-    if not (_matches(dy, x) and is_fit):
+    channel = _channel(num_features, mean, invstd, weight)
+    all_ranks = _channel(2 * num_features, sums), _channel(1, count)
+    if channel is None or None in all_ranks or not _matches(dy, x):
         return reference.input_gradient(dy, x, mean, invstd, weight, sums, count)
     dy, dx = _like(dy, x), torch.empty_like(x)
-    local = dy.data_ptr(), x.data_ptr(), *_pair(mean, invstd), *_channel(weight)
-    _call("input_gradient", x, *local, sums.data_ptr(), count.data_ptr(), dx.data_ptr())
+    pointers = (t.data_ptr() for t in (dy, x, sums, count, dx))
+    _call("input_gradient", *_describe(x), *channel, *pointers)
     return dx
 
 
-def _call(name: str, x: Tensor, *arguments: int | None) -> None:
+def _call(name: str, *arguments: float) -> None:
+    assert _library is not None
+    getattr(_library, name)(_ARGUMENTS[name].pack(*arguments))
+
+
+def _describe(x: Tensor) -> tuple[int, ...]:
     layout = _layout(x.shape, x.stride())
     assert layout is not None
-    assert _library is not None
-    getattr(_library, name)(_DTYPES[x.dtype], torch.get_num_threads(), *layout, *arguments)
+    return _DTYPES[x.dtype], torch.get_num_threads(), *layout
 
 
 @lru_cache(4096)
@@ -159,21 +168,19 @@ def _matches(dy: Tensor, x: Tensor) -> bool:
     return _is_plain(dy) and dy.shape == x.shape
 
 
-def _fit(num: int, *channels: Tensor | None) -> bool:
-    """Whether these can be read as ``num`` values; if not, the reference says what is wrong, or takes them."""
-    for t in channels:  # a generator costs more, six times per layer and step
-        if t is not None and not (_is_plain(t) and t.numel() == num and t.is_contiguous() and t.data_ptr()):
-            return False
-    return True
-
-
-def _channel(t: Tensor | None) -> tuple[int, int | None]:
-    return (0, None) if t is None else (_DTYPES[t.dtype], t.data_ptr())
-
-
-def _pair(mean: Tensor, invstd: Tensor) -> tuple[int, int, int]:
-    assert mean.dtype == invstd.dtype
-    return _DTYPES[mean.dtype], mean.data_ptr(), invstd.data_ptr()
+def _channel(num: int, *tensors: Tensor | None) -> list[int] | None:
+    """Return dtype and address of each; None if one cannot be read as ``num`` values: `reference` says why."""
+    found: list[int] = []
+    for t in tensors:  # six times per layer and step: no generators, no calls
+        if t is None:
+            found += (0, 0)
+        elif type(t) in _PLAIN and t.is_cpu and t.dtype in _DTYPES and t.numel() == num and t.is_contiguous():
+            found += (_DTYPES[t.dtype], t.data_ptr())
+            if not found[-1]:
+                return None
+        else:
+            return None
+    return found
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
@@ -204,9 +211,9 @@ def _load() -> str:
     global _library
     try:
         library = build.load(Path(__file__).with_name("fused.cpp"))
-        for name, arguments in _ARGUMENTS.items():
+        for name in _ARGUMENTS:
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = [ctypes.c_char_p], None
     except Exception as error:  # of any kind: other kernels go on
         return (
             f"SYNCBN_KERNELS=fused: expected to build or load the C++ kernels, got {type(error).__name__}: {error}. "
