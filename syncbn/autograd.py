@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import kernels, moments, recompute
+from . import debug, kernels, moments, recompute, step
 from .collectives import Exchange, all_reduce
+from .debug.names import Owner
 from .moments import Batch
 
 
@@ -28,6 +29,7 @@ class Layer(NamedTuple):
     bias: Tensor | None
     momentum: float | Tensor
     eps: float
+    owner: nn.Module | None = None  # for its name in messages; None for the function
 
 
 def normalize_batch(layers: Sequence[Layer], group: ProcessGroup) -> tuple[Tensor, ...]:
@@ -35,26 +37,39 @@ def normalize_batch(layers: Sequence[Layer], group: ProcessGroup) -> tuple[Tenso
 
     Moves their running statistics, but not in a recomputation.
     """
+    if len(layers) == 1 and not debug.is_on():  # step.cpp announces nothing
+        x, running_mean, running_var, weight, bias, momentum, eps, owner = layers[0]
+        try:
+            y = step.train(x, weight, bias, running_mean, running_var, momentum, eps, group)
+        except RuntimeError as error:
+            raise debug.explain(error, "forward", [owner]) from error
+        if y is not None:
+            return (y,)
     chosen = [kernels.choose(layer.input) for layer in layers]
+    grad_mode = torch.is_grad_enabled()
     with torch.no_grad():  # the backward pass knows how the moments depend on the input
-        batches = _global_moments(layers, chosen, group)
+        batches = _global_moments(layers, chosen, group, grad_mode)
     arguments: list[Tensor | None] = []
     for layer, batch in zip(layers, batches, strict=True):
         arguments += (layer.input, layer.weight, layer.bias, *batch)
-    outputs: tuple[Tensor, ...] = _Normalize.apply(group, chosen, [layer.eps for layer in layers], *arguments)
+    owners = None if torch.compiler.is_compiling() else [debug.keep(layer.owner) for layer in layers]
+    outputs: tuple[Tensor, ...] = _Normalize.apply(group, chosen, [layer.eps for layer in layers], owners, *arguments)
     return outputs
 
 
-def _global_moments(layers: Sequence[Layer], chosen: list[kernels.Kernels], group: ProcessGroup) -> list[Batch]:
+def _global_moments(
+    layers: Sequence[Layer], chosen: list[kernels.Kernels], group: ProcessGroup, grad_mode: bool
+) -> list[Batch]:
     """Compute the moments over all ranks of ``group``: one exchange, none in a recomputation that has its records."""
     known = [recompute.replay() for _ in layers]
     if None not in known:
         return [batch for batch in known if batch is not None]
     packed = [kernel.local_sums(layer.input) for kernel, layer in zip(chosen, layers, strict=True)]
     if len(packed) == 1:
-        summed: Sequence[Tensor] = [all_reduce(packed[0], group)]
+        summed: Sequence[Tensor] = [_sum_forward(packed[0], layers, group, grad_mode)]
     else:
-        summed = torch.split(all_reduce(torch.cat(packed), group), [len(p) for p in packed])
+        joined = _sum_forward(torch.cat(packed), layers, group, grad_mode)
+        summed = torch.split(joined, [len(p) for p in packed])
     batches = []
     for kernel, layer, mine in zip(chosen, layers, summed, strict=True):
         # with a global count of 1 every rank comes here; no other has to read it
@@ -65,8 +80,20 @@ def _global_moments(layers: Sequence[Layer], chosen: list[kernels.Kernels], grou
     return batches
 
 
+def _sum_forward(packed: Tensor, layers: Sequence[Layer], group: ProcessGroup, grad_mode: bool) -> Tensor:
+    if debug.is_on():
+        owners, inputs = [layer.owner for layer in layers], [layer.input for layer in layers]
+        needs = [grad_mode and x.requires_grad for x in inputs]
+        direction = "forward again" if recompute.is_recomputing() else "forward"
+        debug.announce(direction, owners, inputs, needs, packed.numel(), group)
+    try:
+        return all_reduce(packed, group)
+    except RuntimeError as error:
+        raise debug.explain(error, "forward", [layer.owner for layer in layers]) from error
+
+
 def _advance(kernel: kernels.Kernels, layer: Layer, packed: Tensor) -> Batch:
-    x, running_mean, running_var, _, _, momentum, eps = layer
+    x, running_mean, running_var, _, _, momentum, eps, _ = layer
     if recompute.is_recomputing():
         running_mean = running_var = None  # the first pass has moved them
     arguments = (packed, eps, kernels.sum_dtype(x), running_mean, running_var, momentum, x.numel() == 0)
@@ -91,12 +118,17 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: ProcessGroup, chosen: list[kernels.Kernels], eps: list[float], *tensors: Any
+        ctx: Any,
+        group: ProcessGroup,
+        chosen: list[kernels.Kernels],
+        eps: list[float],
+        owners: list[Owner] | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         outputs: list[Tensor] = []
         saved: list[Tensor | None] = []
         bias_dtypes, constant = [], []
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         for i, kernel in enumerate(chosen):
             x, weight, bias, count, mean, invstd = tensors[6 * i : 6 * i + 6]
             y = kernel.normalize(x, mean, invstd, weight, bias)
@@ -109,26 +141,26 @@ class _Normalize(torch.autograd.Function):
         if constant:
             ctx.mark_non_differentiable(*constant)
         ctx.group, ctx.eps, ctx.bias_dtypes = group, eps, bias_dtypes
+        ctx.owners, ctx.is_checked = owners or [None] * len(chosen), debug.is_on()
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
         steps = []
         for i, dy in enumerate(dys):
             x, weight, count, mean, invstd = saved[5 * i : 5 * i + 5]
             if dy is None:
                 dy = torch.zeros_like(x)  # undefined here, perhaps not on the other ranks
             mine = needs[6 * i : 6 * i + 3]
-            steps.append(
-                _Step(kernels.choose(x), dy, x, weight, count, mean, invstd, mine, ctx.eps[i], ctx.bias_dtypes[i])
-            )
+            last = mine, ctx.eps[i], ctx.bias_dtypes[i], ctx.owners[i], ctx.is_checked
+            steps.append(_Step(kernels.choose(x), dy, x, weight, count, mean, invstd, *last))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = [_differentiable_backward(step, ctx.group) for step in steps]
         else:
             grads = _backward(steps, ctx.group)
-        result: list[Tensor | None] = [None, None, None]
+        result: list[Tensor | None] = [None] * 4
         for three in grads:
             result += (*three, None, None, None)
         return tuple(result)
@@ -147,6 +179,8 @@ class _Step(NamedTuple):
     needs: Sequence[bool]  # dx, dweight, dbias
     eps: float
     bias_dtype: torch.dtype | None
+    owner: Owner = None
+    is_checked: bool = False  # as the forward pass was
 
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
@@ -158,12 +192,12 @@ def _backward(steps: list[_Step], group: ProcessGroup) -> list[_Gradients]:
     for s in steps:
         sums.append(s.kernel.backward_sums(s.dy, s.x, s.mean, s.invstd))
         local += sums[-1] if s.needs[0] else ()
-    exchange = Exchange(torch.cat(local).double(), group) if local else None  # (2C,) each
+    exchange = _start_backward(torch.cat(local).double(), steps, group) if local else None  # (2C,) each
     # while it is under way
     parameters = [_parameter_gradients(s, *parts) for s, parts in zip(steps, sums, strict=True)]
     if exchange is None:
         return [(None, *two) for two in parameters]
-    total, start, gradients = exchange.wait(), 0, []
+    total, start, gradients = _wait_backward(exchange, steps), 0, []
     for s, two in zip(steps, parameters, strict=True):
         dx, end = None, start + 2 * len(s.mean)
         if s.needs[0]:
@@ -172,6 +206,24 @@ def _backward(steps: list[_Step], group: ProcessGroup) -> list[_Gradients]:
             start = end
         gradients.append((dx, *two))
     return gradients
+
+
+def _start_backward(packed: Tensor, steps: list[_Step], group: ProcessGroup) -> Exchange:
+    if steps[0].is_checked and debug.is_on():
+        used = [step for step in steps if step.needs[0]]
+        inputs = [step.x for step in used]
+        debug.announce("backward", [step.owner for step in used], inputs, (), packed.numel(), group)
+    try:
+        return Exchange(packed, group)
+    except RuntimeError as error:
+        raise debug.explain(error, "backward", [step.owner for step in steps]) from error
+
+
+def _wait_backward(exchange: Exchange, steps: list[_Step]) -> Tensor:
+    try:
+        return exchange.wait()
+    except RuntimeError as error:
+        raise debug.explain(error, "backward", [step.owner for step in steps]) from error
 
 
 def _parameter_gradients(step: _Step, sum_dy: Tensor, sum_dy_xhat: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -194,11 +246,52 @@ def _differentiable_backward(step: _Step, group: ProcessGroup) -> _Gradients:
     count = step.count.clamp(min=1)
     xmu = x.double() - step.mean.double().view(shape)
     dy = step.dy.double()
-    mean, sqmean = (all_reduce(torch.cat([xmu.sum(dims), xmu.square().sum(dims)]), group) / count).chunk(2)
+    mean, sqmean = (_sum_backward(torch.cat([xmu.sum(dims), xmu.square().sum(dims)]), step, group) / count).chunk(2)
     invstd = torch.rsqrt(sqmean - mean.square() + step.eps)
     xhat = (xmu - mean.view(shape)) * invstd.view(shape)
     sum_dy, sum_dy_xhat = dy.sum(dims), (dy * xhat).sum(dims)
-    mean_dy, mean_dy_xhat = (all_reduce(torch.cat([sum_dy, sum_dy_xhat]), group) / count).chunk(2)
+    mean_dy, mean_dy_xhat = (_sum_backward(torch.cat([sum_dy, sum_dy_xhat]), step, group) / count).chunk(2)
     scale = invstd if step.weight is None else invstd * step.weight
     dx = (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape)) * scale.view(shape)
     return dx.to(x.dtype), *_parameter_gradients(step, sum_dy, sum_dy_xhat)
+
+
+def _sum_backward(packed: Tensor, step: _Step, group: ProcessGroup) -> Tensor:
+    exchange: Any = [step.owner], [step.x], (), packed.numel(), group
+    is_checked = step.is_checked and debug.is_on()
+    if is_checked:
+        debug.announce("backward with create_graph", *exchange)
+    try:
+        summed = all_reduce(packed, group)
+    except RuntimeError as error:
+        raise debug.explain(error, "backward with create_graph", [step.owner]) from error
+    return debug.watch(summed, "second-order backward", *exchange) if is_checked else summed
+
+
+def _backward_of_step(
+    dy: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    count: Tensor,
+    mean_invstd: Tensor,
+    needs: Sequence[bool],
+    eps: float,
+    bias_dtype: torch.dtype,
+    group: Any,
+) -> _Gradients:
+    """Do the backward pass of step.cpp where it is not usual."""
+    group = ProcessGroup.unbox(group)
+    dy = torch.zeros_like(x) if dy is None else dy
+    mean, invstd = mean_invstd.unbind()
+    step = _Step(kernels.choose(x), dy, x, weight, count, mean, invstd, needs, eps, bias_dtype, weight)
+    return _differentiable_backward(step, group) if torch.is_grad_enabled() else _backward([step], group)[0]
+
+
+_library: Any = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "backward(Tensor? dy, Tensor x, Tensor? weight, Tensor count, Tensor mean_invstd, bool[] needs, float eps, "
+    "ScalarType bias_dtype, __torch__.torch.classes.c10d.ProcessGroup group) -> (Tensor?, Tensor?, Tensor?)"
+)
+_library.impl("backward", _backward_of_step, "CompositeImplicitAutograd")
+_library.define("explain(Tensor weight) -> str")
+_library.impl("explain", lambda weight: debug.where("backward", [weight]), "CompositeImplicitAutograd")

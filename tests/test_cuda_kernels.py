@@ -358,7 +358,7 @@ def traces_on_a_rank(rank, world_size):
     }
     found = {}
     with stand_ins(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives.exchange, "_gathers", lambda *_: False)
+        patch.setattr(collectives.exchange, "gather_limit", lambda *_: 0)
         patch.setattr(dist.ProcessGroup, "_get_backend_name", lambda _: "nccl")
         patch.setattr(dist, "all_gather_single", lambda out, *args, **kw: gather(out.flatten(), *args, **kw))
         assert cuda.supports(x)  # the self-check is over

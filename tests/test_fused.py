@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
-from syncbn import functional, kernels, moments
+from syncbn import functional, kernels, moments, step
 from syncbn.kernels import fused, reference, selfcheck
 from syncbn.kernels.reference import per_channel, sum_dtype
 
@@ -343,8 +344,8 @@ def test_per_channel_tensors_that_do_not_fit():
 
 
 def train(rank, world_size, folder, layout):
-    os.environ["XDG_CACHE_HOME"] = folder
-    with syncbn.use_kernels("fused"):
+    cache = mock.patch.dict(os.environ, XDG_CACHE_HOME=folder)
+    with cache, syncbn.use_kernels("fused"), mock.patch.object(step, "train", return_value=None):
         x = draw((6, 5, 7, 7), torch.float32, layout).chunk(world_size)[rank].requires_grad_()
         assert kernels.choose(x) is fused
         weight, bias = torch.linspace(-1, 2, 10).view(2, 5)

@@ -29,9 +29,8 @@ class Exchange:
     """
 
     def __init__(self, packed: Tensor, group: ProcessGroup) -> None:
-        self.work, num_ranks = None, group.size()
-        self.gathers = _gathers(group, packed, num_ranks)
-        self.shape = num_ranks, packed.numel()
+        self.work, self.shape = None, (group.size(), packed.numel())
+        self.gathers = packed.numel() <= gather_limit(group, packed.is_cpu)
         if torch.compiler.is_compiling():
             from torch.distributed import _functional_collectives as functional
 
@@ -40,7 +39,7 @@ class Exchange:
             else:
                 self.result = functional.all_reduce(packed, "sum", group)
         elif self.gathers:
-            self.result = packed.new_empty(num_ranks * packed.numel())  # flat, as gloo wants it
+            self.result = packed.new_empty(group.size() * packed.numel())  # flat, as gloo wants it
             self.work = dist.all_gather_single(self.result, packed, group, async_op=True)
         else:
             self.result = packed
@@ -56,7 +55,6 @@ class Exchange:
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
 
-def _gathers(group: ProcessGroup, packed: Tensor, num_ranks: int) -> bool:
-    """Whether a gather and a local sum in the order of ranks is quicker: on gloo, half the network's delays."""
-    num_bytes = 8 * packed.numel() * num_ranks
-    return packed.is_cpu and num_bytes <= _GATHER_BYTES and group._get_backend_name() == "gloo"
+def gather_limit(group: ProcessGroup, is_cpu: bool) -> int:
+    """Return up to how many numbers a gather and a local sum is quicker: on gloo, half the network's delays."""
+    return _GATHER_BYTES // 8 // group.size() if is_cpu and group._get_backend_name() == "gloo" else 0

@@ -69,6 +69,11 @@ def use_kernels(name: str) -> Iterator[None]:
         _chosen = before
 
 
+def choice() -> str:
+    """Return the name that is in force."""
+    return _chosen
+
+
 def choose(x: Tensor) -> Kernels:
     """Choose the implementation for ``x``; any of them can go on from what another computed."""
     if _chosen == "reference" or torch.compiler.is_compiling() or _are_transforms_active():

@@ -9,19 +9,30 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
-_TIMEOUT = 60  # seconds
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-shared", "-pthread")
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows: every process builds for itself
+    fcntl = None
+
+_TIMEOUT = 300  # seconds
+_FLAGS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+if platform.system() == "Linux":
+    _FLAGS += ("-Wl,-Bsymbolic", "-Wl,--no-as-needed")  # names of our own first; libraries named before the source
 
 
-def load(source: Path) -> ctypes.CDLL:
-    """Load the library of ``source`` and the headers beside it; build it if it is not in the cache.
+def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",)) -> ctypes.CDLL:
+    """Load the library of ``source``; build it if it is not in the cache.
 
     The compiler is the command in ``CXX``, else c++, g++ or clang++. The cache is ``syncbn/kernels`` in
     ``$XDG_CACHE_HOME`` or ``~/.cache``; where that cannot be written, every process builds for itself. A library is
-    named after what it depends on, its processor too, and put in its place at once, so that processes which start
-    together do not disturb each other.
+    named after what it depends on, its processor too, and put in its place at once. Of processes that start together
+    one builds, and the others wait for it.
 
     Raises:
         FileNotFoundError: If there is no compiler.
@@ -29,17 +40,14 @@ def load(source: Path) -> ctypes.CDLL:
         RuntimeError: If the compiler fails.
         OSError: If the library cannot be loaded.
     """
-    compiler = _compiler()
-    tuning = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    command = [*compiler, *_FLAGS, tuning]
-    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
-    depends_on = [*texts, *command, _run([*compiler, "--version"]), _processor()]
-    name = f"{source.stem}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]}.so"
-    folder = _cache()
+    command = _command(more_flags)
+    name, folder = _name(source, command), _cache()
     if folder is not None:
         library = folder / name
         if not library.exists():
-            _build(command, source, library)
+            with _alone(folder):
+                if not library.exists():
+                    _build(command, source, library)
         _refuse_foreign(library)
         try:
             return ctypes.CDLL(str(library))
@@ -49,6 +57,27 @@ def load(source: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
 
 
+def is_cached(source: Path, more_flags: Sequence[str] = ("-std=c++17",)) -> bool:
+    """Whether `load` finds the library of ``source``; it raises what `load` raises."""
+    folder = _cache()
+    return folder is not None and (folder / _name(source, _command(more_flags))).exists()
+
+
+def _command(more_flags: Sequence[str]) -> list[str]:
+    tuning = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return [*_compiler(), *_FLAGS, *more_flags, tuning]
+
+
+def _name(source: Path, command: list[str]) -> str:
+    """Name the library after what it depends on: the sources beside and below, the command and the processor."""
+    texts = [
+        path.read_text()
+        for path in (source, *sorted(source.parent.rglob("*.cpp")), *sorted(source.parent.rglob("*.h")))
+    ]
+    depends_on = [*texts, *command, _run([*_compiler(), "--version"]), _processor()]
+    return f"{source.stem}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]}.so"
+
+
 def _compiler() -> list[str]:
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
@@ -56,6 +85,18 @@ def _compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise FileNotFoundError("expected a C++ compiler (c++, g++ or clang++) on PATH, or in CXX, found none")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on ``folder``, which the system gives back when a process dies."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _build(command: list[str], source: Path, library: Path) -> Path:
@@ -96,10 +137,15 @@ def _cache() -> Path | None:
     if not folder.is_absolute():  # no home
         return None
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for part in (folder.parent.parent, folder.parent, folder):  # mode is not for parents=True
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return None
     _refuse_foreign(folder)
+    for parent in folder.parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(f"expected {parent} not to be writable for everybody, who could replace {folder}")
     return folder if os.access(folder, os.W_OK) else None
 
 
