@@ -6,46 +6,52 @@
     torchrun launch/train.py +norm=syncbn model=timm model.arch=efficientnet_b0 data=imagefolder data.root=PATH
     python launch/train.py +norm=bn simulate=4 data.per_rank_batch_size=1  # this process stands for 4 ranks
     python launch/train.py +norm=syncbn audit=true                         # look at the norm layers, do not train
-    torchrun launch/train.py +norm=syncbn ckpt_path=outputs/RUN/checkpoints/last.ckpt    # resume
+    torchrun launch/train.py +norm=syncbn run_dir=runs/a                   # stopped, the same command goes on
+    torchrun launch/train.py +norm=syncbn ckpt_path=outputs/RUN/checkpoints/last.ckpt    # a new run from there
     python launch/train.py --help                                          # every group and setting
 
-Each run makes one folder in `outputs`: config, versions, command, metrics, checkpoint and results.
+Each run makes one folder in `outputs`, or is at home in `run_dir`: config, versions, command, metrics, checkpoints and
+results.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import hydra
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 import syncbn
-from syncbn.experiment import arms, cell, nets, report
+from syncbn.experiment import arms, cell, home, nets, report
 from syncbn.experiment.batches import World
+from syncbn.experiment.checkpoints import WholeFiles
 from syncbn.experiment.data import ImageData
 from syncbn.experiment.evaluate import Statistics, check_modes, evaluate
 from syncbn.experiment.exactness import check_exact
 from syncbn.experiment.known_warnings import ignore_known_warnings
 from syncbn.experiment.make import make
+from syncbn.experiment.place import Place
+from syncbn.experiment.resume import Checkpoints, Start
 from syncbn.experiment.simulate import simulate
 from syncbn.experiment.task import Task
 from syncbn.lightning import NormConverter
 
 NUM_AUDITED, PIXELS_AUDITED = 512, 2**23  # training images, or as few as keep the memory of the forward in bounds
-TIMEOUT = timedelta(minutes=5)  # of a collective: a rank that waits longer has lost its peers
 
 
 def build(config: DictConfig, world: World) -> tuple[ImageData, Task]:
     """Make data and task, and find every mistake in the configuration, before any process group exists."""
-    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-        raise FileNotFoundError(f"expected ckpt_path to be a checkpoint to resume, found no file {config.ckpt_path}")
+    home.check_settings(config)
     data: ImageData = make(config.data, _partial_=True)(world=world, seed=config.seed)
     data.load()
     check_modes(config.evaluate, data)
@@ -86,50 +92,69 @@ def audit(config: DictConfig, data: ImageData, task: Task) -> str:
     return str(syncbn.audit(task.net, data.sample(min(num_images, len(data.splits.train))), **sizes))
 
 
+def make_environment(world: World) -> ClusterEnvironment:
+    """Tell Lightning who started the processes; to requeue a SLURM job is the affair of launch/slurm."""
+    if world.by_torchrun:
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if world.by_slurm else LightningEnvironment()
+
+
+def find_start(config: DictConfig, world: World, data: ImageData, task: Task) -> Start:
+    """Find the checkpoint this run goes on from, read it, and refuse it before any process group exists."""
+    now = Place(data.plan, len(data.splits.train), config.seed, world.simulate, world.world_size, task.lr)
+    start = home.find_start(config, now)
+    if world.rank == 0:
+        for note in start.notes:
+            print(note)
+    return start
+
+
+def listen_inside(world: World) -> None:
+    """Have gloo listen on the loopback if one machine has all ranks; by itself it takes the host name's address."""
+    if world.num_nodes == 1:
+        for _, name in socket.if_nameindex():
+            if name in ("lo", "lo0"):  # Linux, macOS
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def make_trainer(
     config: DictConfig, world: World, folder: Path, accumulate: int, callbacks: list[L.Callback]
 ) -> L.Trainer:
     """Make the trainer for this world; `folder` matters on rank 0, which alone writes."""
-    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False)
+    listen_inside(world)
     # no broadcast of buffers before each forward: it would overwrite statistics of subgroups
-    ddp = DDPStrategy(forward_sync_buffers=False, timeout=TIMEOUT)
+    ddp = DDPStrategy(forward_sync_buffers=False, timeout=timedelta(seconds=config.timeout))
     trainer: L.Trainer = make(
         config.trainer,
         devices=world.local_world_size,
         num_nodes=world.num_nodes,
         strategy=ddp if world.world_size > 1 else "auto",
-        plugins=[TorchElasticEnvironment() if world.by_torchrun else LightningEnvironment()],
+        plugins=[make_environment(world), WholeFiles()],
         accumulate_grad_batches=1 if world.simulate else accumulate,  # joined batches hold all of a step
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         logger=make(config.logger, save_dir=str(folder)),
-        callbacks=[checkpoint, Timer(), Statistics(), *callbacks],
+        callbacks=[report.Clock(), Statistics(), *callbacks],
         default_root_dir=str(folder),
         enable_model_summary=False,
     )
     return trainer
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
-def main(config: DictConfig) -> None:
-    """Train, test, and write down what came out."""
-    ignore_known_warnings()
-    world = World.from_env(config.simulate)
-    data, task = build(config, world)
-    if config.audit:
-        if world.rank == 0:
-            print(audit(config, data, task))
-        return
+def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
+    """Go on from a checkpoint or begin, then test; every rank calls this."""
+    start = find_start(config, world, data, task)
     callbacks = convert(config, world, data, task)
     if world.num_ranks == 1:
         print("world size 1: SyncBatchNorm equals BatchNorm; torchrun --nproc-per-node N starts N processes")
-    folder = Path(config.output_dir)
-    if world.rank == 0:  # Lightning tells the others
-        folder = report.new_folder(folder, datetime.now())
+    folder = Path(config.output_dir if config.run_dir is None else config.run_dir)
+    if world.rank == 0:  # which alone writes
+        folder = report.new_folder(folder, datetime.now()) if config.run_dir is None else folder
         report.write_inputs(folder, config)
+    callbacks.append(Checkpoints(folder / "checkpoints", start, config.checkpoint_every))
     cell.follow(callbacks)
     trainer = make_trainer(config, world, folder, data.plan.accumulate, callbacks)
-    trainer.fit(task, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
+    trainer.fit(task, datamodule=data, ckpt_path=start.path, weights_only=True)
     training = report.summarize_training(trainer, task, data.plan)  # before a test changes the trainer's timers
     evaluations = evaluate(trainer, task, data, list(config.evaluate))
     if world.rank == 0:
@@ -137,6 +162,25 @@ def main(config: DictConfig) -> None:
         results = {**about, **report.summarize_tests(task, evaluations), **training}
         report.write_results(folder, results)
         report.print_table(results, folder)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(config: DictConfig) -> None:
+    """Train, test, and write down what came out."""
+    ignore_known_warnings()
+    world = World.from_env(config.simulate)
+    if config.run_dir is not None and (done := home.finished(config)) is not None:
+        if world.rank == 0:
+            report.print_table(done, Path(config.run_dir))
+            print(f"{config.run_dir} is finished: nothing was run")
+        return
+    data, task = build(config, world)
+    if config.audit:
+        if world.rank == 0:
+            print(audit(config, data, task))
+        return
+    with home.claim(config, world.rank):
+        run(config, world, data, task)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Synchronize BatchNorm over processes: any split of the batch, one answer."""
 
-from . import functional
+from . import debug, functional
 from .audit import Audit, AuditRow, audit
 from .batchnorm import SyncBatchNorm
 from .coalesce import coalesce
@@ -23,6 +23,7 @@ __all__ = [
     "average_bn_stats",
     "coalesce",
     "convert",
+    "debug",
     "freeze",
     "functional",
     "plan",

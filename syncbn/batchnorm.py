@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ddp, functional, recompute
+from . import ddp, debug, functional, recompute
 from .autograd import Layer
 from .collectives import GroupSpec, ProcessGroupLike
 
@@ -81,6 +81,8 @@ class SyncBatchNorm(_BatchNorm):
         self._check(input)
         if self.training:
             return functional.normalize([self._enter(input)], self._group_spec)[0]
+        if debug.is_on():
+            debug.pass_by(self)
         # without running statistics those of its own batch, on this rank alone, as nn.BatchNorm does
         running = self.running_mean, self.running_var
         return F.batch_norm(input, *running, self.weight, self.bias, running[0] is None, 0.0, self.eps)
@@ -96,7 +98,7 @@ class SyncBatchNorm(_BatchNorm):
         ddp.check_in(_has_subgroup if self._group_spec.is_subgroup else None)
         running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         momentum = self._count_batch() if self.track_running_stats else 0.0
-        return Layer(input, *running, self.weight, self.bias, momentum, self.eps)
+        return Layer(input, *running, self.weight, self.bias, momentum, self.eps, self)
 
     def _count_batch(self) -> float | Tensor:
         """Count this batch, and return its part in the running statistics without reading the count back."""

@@ -173,7 +173,7 @@ def check_input(x: Tensor, num_features: int, parameter: Tensor | None, eps: flo
 
 
 def _one_process(layer: Layer) -> Tensor:
-    input, running_mean, running_var, weight, bias, momentum, eps = layer
+    input, running_mean, running_var, weight, bias, momentum, eps, _ = layer
     if recompute.is_recomputing():
         momentum = 0.0  # the first pass has moved the running statistics
     if not isinstance(momentum, Tensor) or running_mean is None or running_var is None:

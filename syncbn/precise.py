@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 
-from . import kernels
+from . import debug, kernels
 from .collectives import GroupSpec, all_reduce
 from .moments import unpack
 
@@ -68,7 +69,9 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
         warnings.warn("syncbn.update_bn_stats found no BatchNorm layer in train mode to update.", stacklevel=2)
         return model
     first = next(iter(sums.values()))
-    *totals, num_batches_of_all = _sum_over_ranks([*sums.values(), first.new_full((1,), num_batches)])
+    *totals, num_batches_of_all = _sum_over_ranks(
+        "update_bn_stats", [*sums.values(), first.new_full((1,), num_batches)]
+    )
     if num_batches_of_all == 0:
         raise ValueError("update_bn_stats: expected at least one batch on one of the ranks, got none on any.")
     for layer, total in zip(layers.values(), totals, strict=True):
@@ -94,7 +97,7 @@ def average_bn_stats(model: M) -> M:
         warnings.warn("syncbn.average_bn_stats found no BatchNorm layer to average.", stacklevel=2)
         return model
     statistics = [tensor.double() for layer in layers for tensor in _statistics(layer)]
-    *totals, world_size = _sum_over_ranks([*statistics, statistics[0].new_ones(1)])
+    *totals, world_size = _sum_over_ranks("average_bn_stats", [*statistics, statistics[0].new_ones(1)])
     means = [total / world_size.to(total.device) for total in totals]
     for layer, mean, var in zip(layers, means[::2], means[1::2], strict=True):
         _write(layer, mean, var)
@@ -149,12 +152,20 @@ def _add_input(name: str, sums: Tensor, layer: nn.Module, args: tuple[Any, ...],
     sums += kernels.reference.local_sums(x).to(sums.device)
 
 
-def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
+def _sum_over_ranks(caller: str, parts: list[Tensor]) -> list[Tensor]:
     """Sum float64 vectors over the world, each back to its device: one exchange."""
     packed, group = torch.cat([part.to(parts[0].device) for part in parts]), GroupSpec(None).resolve()
-    total = packed if group is None else all_reduce(packed, group)
+    total = packed if group is None else _sum(caller, packed, group)
     pieces = torch.split(total, [len(part) for part in parts])
     return [piece.to(part.device) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def _sum(caller: str, packed: Tensor, group: ProcessGroup) -> Tensor:
+    debug.announce("statistics", [caller], (), (), packed.numel(), group)
+    try:
+        return all_reduce(packed, group)
+    except RuntimeError as error:
+        raise debug.explain(error, "statistics", [caller]) from error
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:

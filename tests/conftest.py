@@ -1,15 +1,24 @@
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import Ranks
 
+import syncbn
+from syncbn import step
+
 OPTIONAL = {
     "torchvision": "torchvision does not import beside this torch",
     "timm": "timm is not installed",
 }
 # No Python packages: they come with the operating system, or do not.
-ANYWHERE = {"chromium is not installed", "network namespaces cannot be made", "no C++ compiler is installed"}
+ANYWHERE = {
+    "chromium is not installed",
+    "network namespaces cannot be made",
+    "no C++ compiler is installed",
+    "SLURM is not installed",
+}
 MAY_SKIP = torch.__version__.startswith("2.13.")  # whose CPU build torchvision does not fit; elsewhere both are there
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()
@@ -17,6 +26,17 @@ unlisted = set()
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: NCCL, one GPU per rank")
+
+
+def pytest_report_header(config):
+    """Say at once what is missing, where several nodes are asked for."""
+    if config.option.markexpr == "nodes":
+        import hosts
+        import slurm_cluster
+
+        slurm = [f"{program}, of slurmctld slurmd slurm-client munge" for program in slurm_cluster.missing()]
+        return [f"missing for several nodes: {what}" for what in (*hosts.missing(), *slurm)]
+    return None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -29,6 +49,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def ranks(request, tmp_path_factory):
+    with syncbn.use_kernels("fused"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a compiler
+        step._is_ready()  # built here once, and not by the first ranks that ask for it, within their time-out
     pool = Ranks(tmp_path_factory.mktemp("stores"), request.config.getoption("--device"))
     yield pool
     pool.close()

@@ -111,6 +111,7 @@ def _serve(connection, device):
     warnings.simplefilter("error")
     for message in ("`torch.jit.script", ".*autograd.function.Function.* should not be instantiated"):
         warnings.filterwarnings("ignore", message, DeprecationWarning)  # torch 2.13's own, while it compiles
+    warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
     with contextlib.suppress(EOFError):
         while True:
             rank, function, world_size, args, store, timeout = pickle.loads(connection.recv_bytes())

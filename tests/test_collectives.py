@@ -12,6 +12,7 @@ from oracle import compare, make_case, run_case, truth
 from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
+from syncbn.collectives import groups
 
 
 def members(layer):
@@ -257,3 +258,12 @@ def same_bits(rank, world_size):
 def test_statistics_are_bit_identical_on_all_ranks(run):
     results = run(same_bits, 4)
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def tell(rank, world_size):
+    return groups._gather_json([[2, "node"] * rank, f'höst "{rank}" \'\udc80\n' * rank])
+
+
+def test_ranks_tell_each_other_text_not_pickles(run):
+    told = [[[2, "node"] * rank, f'höst "{rank}" \'\udc80\n' * rank] for rank in range(3)]
+    assert run(tell, 3) == [told] * 3

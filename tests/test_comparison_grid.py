@@ -13,7 +13,8 @@ from syncbn.experiment.comparison.grid import AXES, GROUPS, OTHERS, base_config,
 from syncbn.lightning import NormConverter
 
 CONF = Path(__file__).parents[1] / "conf"
-COMMON = {"compare": {*AXES, *OTHERS}, "train": {"norm", "seed", "simulate", "audit", "ckpt_path"}}
+OWN = {"norm", "seed", "simulate", "audit", "ckpt_path", "run_dir", "checkpoint_every", "timeout"}
+COMMON = {"compare": {*AXES, *OTHERS}, "train": OWN}
 BOTH = {"node_size", "evaluate", "output_dir", *GROUPS}
 
 

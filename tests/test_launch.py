@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "launch" / "train.py"
 SMALL = ["data.num_train=160", "data.num_val=21", "data.num_test=37", "model.width=8", "trainer.log_every_n_steps=1"]
 CONF_NORMS = sorted(path.stem for path in (ROOT / "conf" / "norm").glob("*.yaml"))
-FILES = {"config.yaml", "run.json", "results.json", "csv/metrics.csv", "checkpoints/last.ckpt"}
+FILES = {"config.yaml", "run.json", "results.json", "csv/metrics.csv"} | {
+    f"checkpoints/{name}.ckpt" for name in ("last", "previous")
+}
 
 
 class Own(torch.nn.GroupNorm):

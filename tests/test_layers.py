@@ -11,16 +11,17 @@ ROOT = Path(syncbn.__file__).parent
 # Lower may not import higher; rooms of the same height know nothing of each other, but for what is listed.
 HEIGHT = {
     "moments": 0, "kernels": 0, "collectives": 0,
-    "recompute": 1,
-    "autograd": 2, "ddp": 2,
-    "functional": 3,
-    "batchnorm": 4, "ghost": 4,
-    "coalesce": 5, "norms": 5, "swap": 5, "freeze": 5, "precise": 5,
-    "rules": 6, "audit": 6,
-    "convert": 7,
-    "__init__": 8,
-    "lightning": 9,
-    "experiment": 10,
+    "recompute": 1, "debug": 1,
+    "step": 2,
+    "autograd": 3, "ddp": 3,
+    "functional": 4,
+    "batchnorm": 5, "ghost": 5,
+    "coalesce": 6, "norms": 6, "swap": 6, "freeze": 6, "precise": 6,
+    "rules": 7, "audit": 7,
+    "convert": 8,
+    "__init__": 9,
+    "lightning": 10,
+    "experiment": 11,
 }  # fmt: skip
 DOOR = {("batchnorm", "convert_sync_batchnorm")}  # calls the public convert(): torch's name for it is a method
 

@@ -6,6 +6,7 @@ another rank deadlocks. So every spec declares itself when it is made, and the f
 those of all declared specs, of all ranks, in one sorted order.
 """
 
+import json
 import socket
 import weakref
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -168,8 +170,7 @@ def _make_groups() -> None:
     """Make the groups of every spec declared on any rank; each rank keeps those it is in."""
     world = dist.group.WORLD
     assert world is not None
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (list(_declared), socket.gethostname()))
+    everyone = _gather_json([list(_declared), socket.gethostname()])
     if not (_made_in and _made_in[0] is world):
         _made.clear()
         _made_in[:] = [world]
@@ -177,6 +178,22 @@ def _make_groups() -> None:
     wanted = set().union(*(declared for declared, _ in everyone)) - _made.keys()
     for value in sorted(wanted, key=lambda v: (isinstance(v, str), v)):
         _made[value] = _make_groups_of(value, hosts)
+
+
+def _gather_json(mine: Any) -> list[Any]:
+    """Gather a JSON value of every rank of the world, in order: two collectives, of sizes and of texts.
+
+    Not all_gather_object, which unpickles, and so runs, what other ranks send.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    text = torch.tensor(list(json.dumps(mine).encode()), dtype=torch.uint8, device=device)
+    sizes = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_single(sizes, torch.tensor([len(text)], device=device))
+    longest = int(sizes.max())
+    texts = text.new_empty(len(sizes) * longest)
+    dist.all_gather_single(texts, F.pad(text, (0, longest - len(text))))
+    rows = zip(texts.view(-1, longest).tolist(), sizes.tolist(), strict=True)
+    return [json.loads(bytes(row[:size])) for row, size in rows]
 
 
 def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueError | None:
@@ -193,17 +210,17 @@ def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueE
         return dist.group.WORLD
     mine = None
     for part in parts:  # every rank makes every group, in the same order
-        group = dist.new_group(part, timeout=_timeout()) if len(part) > 1 else None
+        group = dist.new_group(part, timeout=timeout_of(dist.group.WORLD)) if len(part) > 1 else None
         mine = group if rank in part else mine
     assert not isinstance(mine, int)
     return mine
 
 
-def _timeout() -> timedelta | None:
-    """Read the world's time-out, which new groups do not inherit by themselves; None (torch's default) if unknown."""
+def timeout_of(group: ProcessGroup | None) -> timedelta | None:
+    """Read a group's time-out, which new groups do not inherit by themselves; None (torch's default) if unknown."""
     for device in ("cpu", "cuda"):
         try:
-            return dist.group.WORLD._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
+            return group._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
         except (AttributeError, RuntimeError):
             continue
     return None

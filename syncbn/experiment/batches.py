@@ -1,4 +1,4 @@
-"""How a batch is shared out: the world torchrun made, the sizes of a step, and which images each rank reads."""
+"""How a batch is shared out: the world torchrun or SLURM made, the sizes of a step, which images each rank reads."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from torch.utils.data import Sampler
 
 @dataclass(frozen=True)
 class World:
-    """Hold the place of this process among all, as torchrun put it into the environment."""
+    """Hold the place of this process among all, as torchrun or SLURM's srun put it into the environment."""
 
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
     by_torchrun: bool = False
+    by_slurm: bool = False
     simulate: int | None = None  # ranks this one process stands for
 
     @classmethod
     def from_env(cls, simulate: int | None = None) -> World:
-        """Read torchrun's variables; without them this is the only process.
+        """Read torchrun's variables, else those of several tasks of srun; without them this is the only process.
 
         Args:
             simulate: Ranks that the only process stands for.
@@ -34,20 +35,26 @@ class World:
         """
         if simulate is not None and (isinstance(simulate, bool) or not isinstance(simulate, int) or simulate < 1):
             raise ValueError(f"expected simulate to be a number of ranks, at least 1, got {simulate!r}")
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        by_torchrun, by_slurm = "TORCHELASTIC_RUN_ID" in os.environ, False
+        if by_torchrun:
+            rank, size, local = _numbers("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+            uneven, remedy = size % local, "give every node's torchrun the same --nproc-per-node"
+        elif by_slurm := _is_one_of_several_by_srun():
+            rank, size, local = _numbers("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+            uneven = size - local * int(os.environ["SLURM_NNODES"])
+            remedy = "give sbatch or srun --nodes and --ntasks-per-node, and no --ntasks"
+        else:
             return cls(simulate=simulate)
-        if simulate is not None and os.environ["WORLD_SIZE"] != "1":
+        if simulate is not None and size > 1:
             raise ValueError(
-                f"simulate={simulate} is one process that stands for {simulate} ranks, torchrun started "
-                f"{os.environ['WORLD_SIZE']}: start one, or drop simulate"
+                f"simulate={simulate} is one process that stands for {simulate} ranks, "
+                f"{'srun' if by_slurm else 'torchrun'} started {size}: start one, or drop simulate"
             )
-        rank, size, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        if size % local:
+        if uneven:
             raise ValueError(
-                f"expected as many processes on every node, got {local} here and {size} in all: "
-                "give every node's torchrun the same --nproc-per-node"
+                f"expected as many processes on every node, got {local or '?'} here and {size} in all: {remedy}"
             )
-        return cls(rank, size, local, by_torchrun=True, simulate=simulate)
+        return cls(rank, size, local, by_torchrun, by_slurm, simulate)
 
     @property
     def num_nodes(self) -> int:
@@ -58,6 +65,16 @@ class World:
     def num_ranks(self) -> int:
         """Count the ranks of the experiment: the processes, or those that this one stands for."""
         return self.simulate or self.world_size
+
+
+def _numbers(*names: str) -> list[int]:
+    return [int(os.environ.get(name, 0)) for name in names]
+
+
+def _is_one_of_several_by_srun() -> bool:
+    """Tell a task of srun from what SLURM numbers from 2**32 - 16 on: batch scripts and interactive shells."""
+    step, num_tasks = _numbers("SLURM_STEP_ID", "SLURM_NTASKS")
+    return "SLURM_STEP_ID" in os.environ and step < 2**32 - 16 and num_tasks > 1
 
 
 @dataclass(frozen=True)
@@ -146,10 +163,15 @@ class TrainBatches(Sampler[Draw]):
                 "lower data.global_batch_size or data.per_rank_batch_size"
             )
         self.num_images, self.plan, self.rank, self.seed, self.epoch = num_images, plan, rank, seed, 0
+        self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffle; Lightning calls it before each epoch."""
         self.epoch = epoch
+
+    def go_on(self, epoch: int, start: int) -> None:
+        """Let the next iteration begin at batch `start` of `epoch`; those after it are whole again."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         """Count this rank's batches in one epoch: steps times accumulated batches, which are one if joined."""
@@ -160,7 +182,8 @@ class TrainBatches(Sampler[Draw]):
         seed = self.seed * 1_000_003 + self.epoch
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed))
         used = order[: self.num_images // self.plan.global_batch_size * self.plan.global_batch_size]
-        yield from (Draw(indices, seed) for indices in self.plan.deal(used, self.rank))
+        start, self.start = self.start, 0
+        yield from (Draw(indices, seed) for indices in self.plan.deal(used, self.rank)[start:])
 
 
 class FixedBatches(Sampler[Draw]):

@@ -195,4 +195,8 @@ class ImageData(L.LightningDataModule, ABC):
         # batch_size=None: the sampler's draws go to the dataset whole, so nothing is collated
         workers = self.num_workers > 0
         options: dict[str, Any] = {"persistent_workers": workers, "pin_memory": workers and torch.cuda.is_available()}
-        return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=self.num_workers, **options)
+        # a generator of its own: iterating draws from it, at other moments in a run that goes on
+        own = torch.Generator()
+        return DataLoader(
+            dataset, sampler=batches, batch_size=None, num_workers=self.num_workers, generator=own, **options
+        )

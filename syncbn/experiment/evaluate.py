@@ -59,7 +59,7 @@ def evaluate(trainer: L.Trainer, task: Task, data: ImageData, modes: Sequence[st
         num_test = len(data.splits.test)
         if data.eval_in_training_batches:
             num_test -= num_test % (data.plan.per_rank_batch_size * data.plan.world_size)
-        [metrics, train_metrics] = trainer.test(task, datamodule=data, verbose=False)
+        [metrics, train_metrics] = trainer.test(task, datamodule=data, weights_only=True, verbose=False)
         results[mode] = {
             "test_error": 1 - metrics[f"test/{task.score}"],
             "test_loss": _finite(metrics["test/loss"]),
@@ -78,7 +78,7 @@ class Statistics(L.Callback):
         self.layers: Layers = {}
         self.trained: dict[str, dict[str, Tensor]] = {}
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember this rank's statistics: Lightning copies rank 0's to all before a test."""
         self.trained = _buffers(_layers(pl_module))
 

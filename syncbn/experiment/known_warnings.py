@@ -8,7 +8,8 @@ KNOWN = (
     r".*does not have many workers.*",  # images in memory are read faster without workers
     r"Grad strides do not match bucket view strides.*",  # 1x1 kernels: strides of length-1 dimensions, no copy
     r"Total length of `list` across ranks is zero.*",  # a source without validation images
-    r"The dirpath has changed from .*",  # a resumed run has a folder of its own
+    r"You're resuming from a checkpoint that ended before the epoch.*",  # the sampler goes on, TrainBatches.go_on
+    r"The `srun` command is available on your system but is not used.*",  # torchrun on a machine that has SLURM
     r".*``compute`` method of metric .* was called before the ``update``.*",  # more ranks than images to evaluate
 )
 

@@ -9,19 +9,21 @@ import json
 import platform
 import shlex
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 import syncbn
 from syncbn.experiment.batches import BatchPlan
+from syncbn.experiment.checkpoints import write_whole
 from syncbn.experiment.task import Task
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "torchvision", "timm", "scikit-learn", "numpy")
@@ -51,25 +53,53 @@ def versions() -> dict[str, str]:
 
 
 def write_inputs(folder: Path, config: DictConfig) -> None:
-    """Write `config.yaml`, every interpolation resolved, and `run.json` with command, start and versions."""
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    run = {"command": shlex.join(sys.argv), "start": datetime.now().isoformat(timespec="seconds")}
-    _write_json(folder / "run.json", {**run, "versions": versions()})
+    """Write `config.yaml`, every interpolation resolved, and `run.json` with command, start and versions.
+
+    A run that goes on in its folder keeps the `run.json` it began with.
+    """
+    text = OmegaConf.to_yaml(config, resolve=True)
+    write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
+    if not (folder / "run.json").exists():
+        run = {"command": shlex.join(sys.argv), "start": datetime.now().isoformat(timespec="seconds")}
+        _write_json(folder / "run.json", {**run, "versions": versions()})
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write `results.json`: the results and what `run.json` says."""
+    """Write `results.json`: the results and what `run.json` says. With it a run is finished."""
     _write_json(folder / "results.json", {**results, **json.loads((folder / "run.json").read_text())})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
-def training_seconds(trainer: Trainer) -> float:
-    """Measure the training loop without its validation, from the trainer's Timer."""
-    [timer] = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-    return timer.time_elapsed("train") - timer.time_elapsed("validate")
+class Clock(Callback):
+    """Measure the seconds of training without those of validation; `seconds` may begin at those of earlier starts."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.since: float | None = None
+
+    def elapsed(self) -> float:
+        """Tell the seconds up to now."""
+        return self.seconds + (0.0 if self.since is None else time.monotonic() - self.since)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run."""
+        self.since = time.monotonic()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand still."""
+        self.seconds, self.since = self.elapsed(), None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run on."""
+        self.since = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop."""
+        self.seconds, self.since = self.elapsed(), None
 
 
 def summarize_training(trainer: Trainer, task: Task, plan: BatchPlan) -> dict[str, Any]:
@@ -78,7 +108,8 @@ def summarize_training(trainer: Trainer, task: Task, plan: BatchPlan) -> dict[st
     Returns:
         `images_per_second` over all ranks in training, batch sizes in images, `lr` at its peak.
     """
-    seconds = training_seconds(trainer)
+    [clock] = [callback for callback in trainer.callbacks if isinstance(callback, Clock)]  # type: ignore[attr-defined]
+    seconds = clock.elapsed()
     return {
         "images_per_second": task.num_steps * plan.global_batch_size / seconds if task.num_steps else 0.0,
         "training_seconds": seconds,
@@ -125,5 +156,5 @@ def print_table(results: dict[str, Any], folder: Path) -> None:
         "output folder": str(folder),
     }
     for name, value in rows.items():
-        table.add_row(name, value, end_section=name == "output folder")
+        table.add_row(name, Text(value), end_section=name == "output folder")
     Console().print(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from syncbn.experiment import digits, scenes
 from syncbn.experiment.data import ImageData, ImageSet, Splits
+from syncbn.experiment.image_files import ImageFiles
 
 CIFAR10_BYTES = 3073  # one record: the class, then 32 x 32 red, green and blue
+CIFAR10_RECORDS = 10_000  # of one file
 CIFAR10_HELP = """
 Download "CIFAR-10 binary version" from https://www.cs.toronto.edu/~kriz/cifar.html and unpack it,
 or copy the unpacked folder from another machine; then set data.root=PATH."""
@@ -97,12 +99,14 @@ class Cifar10(ImageData):
         missing = [name for name in names if not (self.root / name).is_file()]
         if missing:
             raise FileNotFoundError(f"expected {', '.join(missing)} in {self.root.absolute()}.{CIFAR10_HELP}")
-        parts = [np.fromfile(self.root / name, np.uint8) for name in names]
+        limit = CIFAR10_RECORDS * CIFAR10_BYTES + 1  # one byte too many is refused below
+        parts = [np.fromfile(self.root / name, np.uint8, limit) for name in names]
         for name, part in zip(names, parts, strict=True):
             if not part.size or part.size % CIFAR10_BYTES or part[::CIFAR10_BYTES].max() > 9:
                 raise ValueError(
                     f"expected {self.root.absolute() / name} to hold records of {CIFAR10_BYTES} bytes, "
-                    f"each a class 0 to 9 and an image, got {part.size} bytes.{CIFAR10_HELP}"
+                    f"each a class 0 to 9 and an image, {CIFAR10_RECORDS} at most, got {part.size} bytes"
+                    f"{' or more' if part.size == limit else ''}.{CIFAR10_HELP}"
                 )
         records = np.concatenate(parts).reshape(-1, CIFAR10_BYTES)
         images = records[:, 1:].reshape(-1, 3, 32, 32)
@@ -131,8 +135,8 @@ class Folder(ImageData):
             )
         flip = [v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip()]
         middle = v2.Compose([v2.Resize(self.size * 8 // 7), v2.CenterCrop(self.size)])
-        train = _Files(self.root / "train")
-        rest = {split: _Files(self.root / split) for split in found - {"train"}}
+        train = ImageFiles(self.root / "train")
+        rest = {split: ImageFiles(self.root / split) for split in found - {"train"}}
         for split, files in rest.items():
             if files.classes != train.classes:
                 raise ValueError(
@@ -147,29 +151,6 @@ class Folder(ImageData):
             sets.get("test", sets.get("val")),  # type: ignore[arg-type]  # one of them was found
             num_classes=len(train.classes),
         )
-
-
-class _Files(Sequence[Tensor]):
-    """Read the images of one `ImageFolder`, one at a time, as `(3, H, W)` uint8."""
-
-    def __init__(self, root: Path) -> None:
-        from torchvision.datasets import ImageFolder
-
-        self.folder = ImageFolder(str(root))
-        self.classes: list[str] = self.folder.classes
-        self.labels = torch.tensor(self.folder.targets)
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, index: Any) -> Any:
-        from torchvision.transforms.v2.functional import pil_to_tensor
-
-        try:
-            return pil_to_tensor(self.folder[index][0])
-        except Exception as error:
-            error.add_note(f"while reading {self.folder.samples[index][0]}")
-            raise
 
 
 def _made_splits(

@@ -57,6 +57,7 @@ class Task(L.LightningModule, ABC):
         self.lr = scale_lr(lr, lr_rule, global_batch_size, reference_batch_size)
         self.weight_decay = weight_decay
         self.num_steps = 0
+        self.first_step: int | None = None
         self.train_loss = MeanMetric()
         names = ("val", "test", "train_eval")
         self.losses = nn.ModuleDict({name: MeanMetric() for name in names})
@@ -87,12 +88,13 @@ class Task(L.LightningModule, ABC):
         return logits
 
     def on_train_start(self) -> None:
-        """Remember the step this run starts from: not 0 after a resume."""
-        self.first_step = self.trainer.global_step
+        """Remember the step this run starts from: not 0 if it starts from a checkpoint of another run."""
+        if self.first_step is None:
+            self.first_step = self.trainer.global_step
 
-    def on_train_end(self) -> None:
-        """Count the optimizer steps of this run."""
-        self.num_steps = self.trainer.global_step - self.first_step
+    def on_fit_end(self) -> None:
+        """Count the optimizer steps of this run, also if none was left to train."""
+        self.num_steps = 0 if self.first_step is None else self.trainer.global_step - self.first_step
 
     def on_train_epoch_start(self) -> None:
         """Give this epoch and rank their own random stream, the same after a resume."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Table:
     def markdown(self) -> str:
         """Lay out the table for a Markdown file, title and note before it."""
         rule = ["---:" if self._holds_numbers(number) else "---" for number in range(len(self.columns))]
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows)]
+        lines = [f"| {' | '.join(map(_cell, cells))} |" for cells in (self.columns, rule, *self.rows)]
         return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *lines, ""])
 
     def show(self, console: Console) -> None:
@@ -42,6 +43,11 @@ class Table:
 
     def _holds_numbers(self, number: int) -> bool:
         return all(row[number][:1].isdigit() or not row[number] for row in self.rows)
+
+
+def _cell(text: str) -> str:
+    """Escape what would end the cell or begin HTML."""
+    return html.escape(text, quote=False).replace("|", r"\|").replace("\n", " ")
 
 
 def as_they_are(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,0 +1,138 @@
+"""Checkpoints on disk: written whole or not at all, checked before they are believed, the last two kept.
+
+`last.ckpt` is the newest, `previous.ckpt` the one before. At every moment at least one of them is good, also while
+the next is written, also after a power cut; what lies in them loads with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+PART = "syncbn"  # what launch/train.py adds to Lightning's checkpoint
+LIGHTNING = ("state_dict", "optimizer_states", "lr_schedulers", "loops")
+
+
+class CheckpointError(ValueError):
+    """Say which checkpoint cannot be used, and why."""
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place, and wait for the disk each time.
+
+    Args:
+        path: The file. A reader finds the old or the new one, never a part.
+        write: Called with the open file.
+        keep: Where the file goes that was there before.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep is not None and path.exists():
+        path.replace(keep)
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames last; not every system opens folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Load a checkpoint of launch/train.py onto the CPU.
+
+    torch does not look at the checksums (CRC-32) that `torch.save` writes; here they are compared first.
+
+    Raises:
+        CheckpointError: the file is cut short or damaged, or holds something else.
+    """
+    advice = (
+        f"take {path.with_name(PREVIOUS)}, if it is there, or another" if path.name != PREVIOUS else "take another"
+    )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises what the damaged bytes lead it to
+        raise CheckpointError(f"{path} is cut short or no checkpoint ({error}): {advice}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong; {advice}")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} does not load as tensors and plain values ({_first_line(error)}): {advice}"
+        ) from error
+    missing = [k for k in (*LIGHTNING, PART) if not isinstance(checkpoint, dict) or k not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"{path} is no checkpoint of launch/train.py from this version: expected {', '.join(missing)} in it"
+        )
+    return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def last_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """Find the newest checkpoint in `folder` that is good.
+
+    Returns:
+        Its path, what is in it, and what is wrong with a newer one; None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are some, and none is good.
+    """
+    wrong: list[str] = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            return path, read(path), wrong
+        except CheckpointError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise CheckpointError(f"no good checkpoint in {folder}: {'; '.join(wrong)}. To start anew, remove the folder")
+    return None
+
+
+class WholeFiles(CheckpointIO):
+    """Write and read the checkpoints of a trainer; the one before is kept if this process knows it is good."""
+
+    def __init__(self) -> None:
+        self.good: Path | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write, and keep what was there as `previous.ckpt`, but never a damaged file in place of a good one."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep = path.with_name(PREVIOUS) if self.good == path else None
+        write_whole(path, lambda file: torch.save(checkpoint, file), keep=keep)
+        self.good = path
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read, always with `weights_only=True`."""
+        checkpoint = read(Path(path))
+        self.good = Path(path)
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove."""
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""The folder a run is at home in: whether it is finished, whether this is its command, and where it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from syncbn.experiment.checkpoints import PART, last_good, read
+from syncbn.experiment.place import Place
+from syncbn.experiment.resume import Start
+
+# Settings that may differ when a run goes on: they change no number, or `Place` judges them.
+FREE = ("run_dir", "output_dir", "ckpt_path", "checkpoint_every", "timeout", "evaluate", "logger.", "audit")
+JUDGED = (
+    "data.cache_dir",
+    "data.global_batch_size",
+    "data.per_rank_batch_size",
+    "data.accumulate",
+    "data.num_workers",
+)
+PATIENCE = 20  # seconds
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        ValueError: `checkpoint_every` is no number of steps; `timeout` is no time; `run_dir` holds a run of another
+            configuration.
+        FileNotFoundError: `ckpt_path` is no file.
+    """
+    every = config.checkpoint_every
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(
+            f"expected checkpoint_every to be a number of optimizer steps, at least 1, or null, got {every!r}"
+        )
+    if isinstance(config.timeout, bool) or not isinstance(config.timeout, int | float) or config.timeout <= 0:
+        raise ValueError(f"expected timeout to be a number of seconds, more than 0, got {config.timeout!r}")
+    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+        raise FileNotFoundError(f"expected ckpt_path to be a checkpoint to resume, found no file {config.ckpt_path}")
+    if config.run_dir is not None:
+        _check_same(Path(config.run_dir), config)
+
+
+def finished(config: DictConfig) -> dict[str, Any] | None:
+    """Give the results of the run in `run_dir` if it has any.
+
+    Raises:
+        ValueError: they are of another configuration.
+    """
+    path = Path(config.run_dir) / "results.json"
+    if not path.is_file():
+        return None
+    _check_same(path.parent, config)
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results
+
+
+def find_start(config: DictConfig, now: Place) -> Start:
+    """Find where this run starts: the last good checkpoint in `run_dir`, else `ckpt_path`, else the beginning.
+
+    Args:
+        config: Of the run.
+        now: The run's place at the beginning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is good.
+        ValueError: the place of the checkpoint is none in this run.
+    """
+    found = None if config.run_dir is None else last_good(Path(config.run_dir) / "checkpoints")
+    if found is None and config.ckpt_path is None:
+        return Start(now)
+    path, checkpoint, wrong = found or (Path(config.ckpt_path), read(Path(config.ckpt_path)), [])
+    saved = Place.from_dict(checkpoint[PART]["place"])
+    try:
+        place, changes = now.go_on_from(saved)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    notes = (*wrong, f"goes on from {path}: epoch {place.epoch}, step {place.step}", *changes)
+    return Start(place, path, found is not None, now.has_ranks_of(saved), notes)
+
+
+@contextmanager
+def claim(config: DictConfig, rank: int) -> Iterator[None]:
+    """Make `run_dir` on rank 0, and keep other runs out of it; a process that is killed lets go, too.
+
+    Raises:
+        RuntimeError: another run is at work in it, and does not end.
+    """
+    if config.run_dir is None or rank:
+        yield
+        return
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
+    try:
+        if handle is not None:
+            _lock(handle, folder)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    """Lock, where the file system knows how to; ranks of an earlier start may need a moment to end."""
+    import fcntl
+
+    for waited in range(PATIENCE + 1):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(min(1, PATIENCE - waited))
+        except OSError:
+            return
+        else:
+            return
+    raise RuntimeError(f"{folder} is in use by a run that has not ended: wait for it, end it, or set another run_dir")
+
+
+def _check_same(folder: Path, config: DictConfig) -> None:
+    """Refuse to go on in the folder of another run."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    before, now = (dict(_leaves(OmegaConf.to_container(c, resolve=True))) for c in (OmegaConf.load(path), config))
+    other = [
+        f"{key}={before.get(key)} (here {now.get(key)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE) and key not in JUDGED
+    ]
+    if other:
+        raise ValueError(
+            f"run_dir={folder} holds a run with {', '.join(other)}: give its settings to go on, or another run_dir; "
+            "ckpt_path starts a new run from its checkpoint"
+        )
+
+
+def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, values

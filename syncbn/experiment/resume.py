@@ -1,0 +1,210 @@
+"""Stop and go on: save between two optimizer steps, and bring a trainer back to exactly that moment.
+
+Lightning's checkpoint holds what rank 0 has. What each rank has for itself - running statistics, random streams, the
+metrics of a begun epoch - is gathered into it. Lightning's own callback saves before the metrics of a step are
+written; these checkpoints are made when all of a step is done, so that no row is lost or written twice.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from syncbn.experiment import ranks
+from syncbn.experiment.checkpoints import LAST, PART
+from syncbn.experiment.metrics import MetricsFile
+from syncbn.experiment.place import Place
+from syncbn.experiment.report import Clock
+from syncbn.experiment.signals import Signals
+
+
+@dataclass(frozen=True)
+class Start:
+    """Hold where a run starts.
+
+    Args:
+        place: In this run.
+        path: The checkpoint; None at the beginning.
+        same_run: Whether the checkpoint is of this run's own folder, so that its rows and times count on.
+        same_ranks: Whether each rank finds there what it kept for itself.
+        notes: What changes, in words.
+    """
+
+    place: Place
+    path: Path | None = None
+    same_run: bool = False
+    same_ranks: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Checkpoints(Checkpoint):
+    """Save every so many steps, at the end of each epoch and of training, and when a signal asks to stop.
+
+    Collectives: one all-reduce of one number per step (shall all stop?); with a checkpoint, two gathers to rank 0.
+
+    Args:
+        folder: For the checkpoints; it matters on rank 0.
+        start: Where the run starts.
+        every: Optimizer steps; None for the ends of epochs alone.
+    """
+
+    def __init__(self, folder: Path, start: Start, every: int | None) -> None:
+        self.folder, self.start, self.every = folder, start, every
+        self.place, self.saved_step = start.place, start.place.step
+        self.signals = Signals()
+        self.own: dict[str, Any] | None = None
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Turn what was saved into this run's place, before Lightning restores from it."""
+        part, place = checkpoint[PART], self.start.place
+        _set_loops(checkpoint["loops"]["fit_loop"], place, trainer)
+        if place != (saved := Place.from_dict(part["place"])):
+            _rescale(checkpoint, place.lr / saved.lr, place.step)
+        trainer.datamodule.train_batches.go_on(place.epoch, place.batch_of_epoch)  # type: ignore[attr-defined]
+        if self.start.same_run:
+            pl_module.first_step = part["first_step"]
+            _clock(trainer).seconds = part["seconds"]
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsFile):
+                    logger.go_on(part["num_rows"])
+        if self.start.same_ranks:
+            self.own = part["ranks"][trainer.global_rank]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that all ranks start from the same step; then give each its statistics, which DDP has made alike."""
+        ranks.check_equal(trainer, self.start.place.step)
+        if self.own is not None:
+            ranks.restore(pl_module, self.own)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the random streams, last of all; and look out for signals instead of Lightning."""
+        if self.start.path is not None and not self.place.step_of_epoch:
+            _begin_epoch(trainer)
+        if self.own is not None:
+            if trainer.world_size > 2:
+                ranks.settle_buckets(trainer, pl_module)
+            ranks.restore_random(self.own)
+        elif self.place.step_of_epoch:
+            pl_module.on_train_epoch_start()  # which Lightning leaves out within an epoch
+        self.own = None
+        self.signals.catch(alone=trainer.world_size == 1)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end of the epoch before."""
+        self._between(trainer, trainer.current_epoch, 0)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, and perhaps stop, after the step before."""
+        step_of_epoch, rest = divmod(batch_idx, trainer.accumulate_grad_batches)
+        if step_of_epoch and not rest:
+            self._between(trainer, trainer.current_epoch, step_of_epoch)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end; `max_steps` may have set it within an epoch."""
+        num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if num_batches == trainer.num_training_batches:
+            self._save(trainer, trainer.current_epoch, 0)
+        else:
+            self._save(trainer, trainer.current_epoch - 1, num_batches // trainer.accumulate_grad_batches)
+        self._stop_if_asked(trainer, ranks.largest(trainer, self.signals.wanted()))
+        self.signals.release()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let SIGTERM end a test at once: it can be done again."""
+        self.signals.release()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the place, and what each rank has for itself."""
+        _set_loops(checkpoint["loops"]["fit_loop"], self.place, trainer)
+        checkpoint[PART] = {
+            "place": self.place.as_dict(),
+            "first_step": pl_module.first_step,
+            "seconds": _clock(trainer).elapsed(),
+            "num_rows": sum(logger.num_rows for logger in trainer.loggers if isinstance(logger, MetricsFile)),
+            "ranks": ranks.gather(trainer, ranks.collect(pl_module)),
+        }
+
+    def _between(self, trainer: L.Trainer, epoch: int, step_of_epoch: int) -> None:
+        """Do what is due between two steps."""
+        asked = ranks.largest(trainer, self.signals.wanted())
+        is_due = step_of_epoch == 0 or (self.every is not None and trainer.global_step % self.every == 0)
+        if is_due or asked:
+            self._save(trainer, epoch, step_of_epoch)
+        self._stop_if_asked(trainer, asked)
+
+    def _stop_if_asked(self, trainer: L.Trainer, asked: int) -> None:
+        """End this process, on all ranks after the same step, with the exit code of the signal."""
+        if asked:
+            if trainer.is_global_zero:
+                name, step = signal.Signals(asked).name, trainer.global_step
+                print(f"{name}: stopped with a checkpoint of step {step}; run_dir={self.folder.parent} goes on")
+            raise SystemExit(128 + asked)
+
+    def _save(self, trainer: L.Trainer, epoch: int, step_of_epoch: int) -> None:
+        """Save, unless this step has been."""
+        if trainer.global_step != self.saved_step:
+            self.place = replace(self.place, epoch=epoch, step_of_epoch=step_of_epoch, step=trainer.global_step)
+            trainer.save_checkpoint(self.folder / LAST)
+            self.saved_step = trainer.global_step
+
+
+def _clock(trainer: L.Trainer) -> Clock:
+    [clock] = [callback for callback in trainer.callbacks if isinstance(callback, Clock)]  # type: ignore[attr-defined]
+    return clock
+
+
+def _begin_epoch(trainer: L.Trainer) -> None:
+    """Begin an epoch as one that follows another: with `max_steps`, Lightning would take it for begun."""
+    trainer.fit_loop._restarting = False
+    trainer.fit_loop.epoch_loop.restarting = False
+
+
+def _set_loops(loops: dict[str, Any], place: Place, trainer: L.Trainer) -> None:
+    """Write the place in Lightning's words.
+
+    Within an epoch they are those of `on_train_batch_end`, from where Lightning resumes right: the last batch is not
+    quite completed. Between epochs everything is.
+    """
+    is_over = trainer.max_steps != -1 and place.step >= trainer.max_steps  # which ends a begun epoch
+    batches, begun = place.batch_of_epoch, int(place.step_of_epoch > 0 and not is_over)
+    epoch = place.epoch + int(place.step_of_epoch > 0 and is_over)
+    per_step = 1 if place.simulate else place.plan.accumulate
+    loops["epoch_progress"] = _progress(epoch, begun, begun, 0, 0)
+    loops["epoch_loop.batch_progress"] = {
+        "total": _counts(place.step * per_step, 0, 0, 0, -begun),
+        "current": _counts(batches, 0, 0, 0, -begun),
+        "is_last_batch": False,
+    }
+    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": place.step - begun}
+    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for name in ("step", "zero_grad"):
+        optimizer[name]["total"].update(dict.fromkeys(optimizer[name]["total"], place.step))
+        optimizer[name]["current"].update(dict.fromkeys(optimizer[name]["current"], place.step_of_epoch))
+
+
+def _progress(done: int, ready: int, started: int, processed: int, completed: int) -> dict[str, Any]:
+    counts = _counts(done, ready, started, processed, completed)
+    return {"total": counts, "current": dict(counts)}
+
+
+def _counts(done: int, ready: int, started: int, processed: int, completed: int) -> dict[str, int]:
+    names = ("ready", "started", "processed", "completed")
+    return {name: done + more for name, more in zip(names, (ready, started, processed, completed), strict=True)}
+
+
+def _rescale(checkpoint: dict[str, Any], factor: float, step: int) -> None:
+    """Move optimizer and schedule to another peak of the learning rate and another step."""
+    for state in checkpoint["optimizer_states"]:
+        for group in state["param_groups"]:
+            group["lr"], group["initial_lr"] = group["lr"] * factor, group["initial_lr"] * factor
+    for schedule in checkpoint["lr_schedulers"]:
+        schedule["base_lrs"] = [lr * factor for lr in schedule["base_lrs"]]
+        schedule["_last_lr"] = [lr * factor for lr in schedule["_last_lr"]]
+        schedule["last_epoch"], schedule["_step_count"] = step, step + 1
