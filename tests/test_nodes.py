@@ -184,7 +184,9 @@ def test_a_cut_link_ends_both_hosts_and_the_same_command_goes_on(user):
     user.hosts[1].set_link("down")
     assert 0 not in user.codes()
     for host in user.hosts:
-        assert re.search("RuntimeError: .*(Timed out waiting 15000ms|Application timeout)", user.said(host)), user.said(host)
+        assert re.search("RuntimeError: .*(Timed out waiting 15000ms|Application timeout)", user.said(host)), (
+            user.said(host)
+        )
     _, step = user.place("runs/fixed")
     user.hosts[1].set_link("up")
     user.starts("Fixed nodes", *settings)
