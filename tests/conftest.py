@@ -62,6 +62,14 @@ def run(ranks):
     return ranks.run
 
 
+@pytest.fixture(autouse=True)
+def same_num_threads():
+    """Keep what a test sets from the next one: the number of threads is the order of additions."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Skip a test that meets a package which this environment cannot have."""

@@ -246,11 +246,8 @@ def test_dy_as_autograd_may_bring_it(make, layout):
 
 
 @pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
+def three_threads(same_num_threads):
     torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
