@@ -27,24 +27,36 @@ class Layer(NamedTuple):
     running_var: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    momentum: float | Tensor
+    momentum: float | Tensor | None  # None for the cumulative average
     eps: float
+    num_batches: Tensor | None = None  # counts this one
     owner: nn.Module | None = None  # for its name in messages; None for the function
+
+
+def count_batch(layer: Layer) -> Layer:
+    """Count the batch, and return the layer with its part in the running statistics, of which nothing is read back."""
+    x, mean, var, weight, bias, momentum, eps, num_batches, owner = layer
+    if num_batches is not None and not recompute.is_recomputing():
+        num_batches.add_(1)
+    if momentum is None:
+        momentum = 0.0 if num_batches is None else 1.0 / num_batches.double()
+    return Layer(x, mean, var, weight, bias, momentum, eps, None, owner)
 
 
 def normalize_batch(layers: Sequence[Layer], group: ProcessGroup) -> tuple[Tensor, ...]:
     """Normalize the inputs of independent layers over ``group``: one exchange forward, one backward for all of them.
 
-    Moves their running statistics, but not in a recomputation.
+    Counts the batch, and moves their running statistics, but not in a recomputation.
     """
     if len(layers) == 1 and not debug.is_on():  # step.cpp announces nothing
-        x, running_mean, running_var, weight, bias, momentum, eps, owner = layers[0]
+        x, running_mean, running_var, weight, bias, momentum, eps, num_batches, owner = layers[0]
         try:
-            y = step.train(x, weight, bias, running_mean, running_var, momentum, eps, group)
+            y = step.train(x, weight, bias, running_mean, running_var, num_batches, momentum, eps, group)
         except RuntimeError as error:
             raise debug.explain(error, "forward", [owner]) from error
         if y is not None:
             return (y,)
+    layers = [count_batch(layer) for layer in layers]
     chosen = [kernels.choose(layer.input) for layer in layers]
     grad_mode = torch.is_grad_enabled()
     with torch.no_grad():  # the backward pass knows how the moments depend on the input
@@ -93,7 +105,8 @@ def _sum_forward(packed: Tensor, layers: Sequence[Layer], group: ProcessGroup, g
 
 
 def _advance(kernel: kernels.Kernels, layer: Layer, packed: Tensor) -> Batch:
-    x, running_mean, running_var, _, _, momentum, eps, _ = layer
+    x, running_mean, running_var, _, _, momentum, eps, _, _ = layer
+    assert momentum is not None
     if recompute.is_recomputing():
         running_mean = running_var = None  # the first pass has moved them
     arguments = (packed, eps, kernels.sum_dtype(x), running_mean, running_var, momentum, x.numel() == 0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ddp, debug, functional, recompute
+from . import ddp, debug, functional
 from .autograd import Layer
 from .collectives import GroupSpec, ProcessGroupLike
 
@@ -89,24 +89,24 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check(self, input: Tensor) -> None:
         self._check_input_dim(input)
-        parameter = self.running_mean if self.weight is None else self.weight
-        num_features = self.num_features if parameter is None else len(parameter)
+        weight = self.weight
+        parameter = self.running_mean if weight is None else weight
+        num_features = self.num_features if parameter is None else parameter.size(0)
         functional.check_input(input, num_features, parameter, self.eps if self.training else None)
 
     def _enter(self, input: Tensor) -> Layer:
-        """Begin a training step: count the batch, and hand over what the step needs."""
+        """Begin a training step: hand over what it needs."""
         ddp.check_in(_has_subgroup if self._group_spec.is_subgroup else None)
-        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        momentum = self._count_batch() if self.track_running_stats else 0.0
-        return Layer(input, *running, self.weight, self.bias, momentum, self.eps, self)
-
-    def _count_batch(self) -> float | Tensor:
-        """Count this batch, and return its part in the running statistics without reading the count back."""
-        if self.num_batches_tracked is not None and not recompute.is_recomputing():
-            self.num_batches_tracked.add_(1)
-        if self.momentum is not None:
-            return self.momentum
-        return 0.0 if self.num_batches_tracked is None else 1.0 / self.num_batches_tracked.double()
+        parameters, buffers = self._parameters, self._buffers  # getattr finds them after a long search
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var, num_batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:  # set as other attributes
+            weight, bias = self.weight, self.bias
+            mean, var, num_batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.track_running_stats:
+            mean = var = num_batches = None
+        return Layer(input, mean, var, weight, bias, self.momentum, self.eps, num_batches, self)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Check what the class that the layer was converted from checks, as nn.BatchNorm2d wants 4 dimensions."""

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import recompute
-from .autograd import Layer, normalize_batch
+from .autograd import Layer, count_batch, normalize_batch
 from .collectives import GroupSpec, ProcessGroupLike
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MIXED = ((torch.float32, torch.float16), (torch.float32, torch.bfloat16))  # of layer and input
 
 
 def sync_batch_norm(
@@ -123,13 +124,13 @@ def normalize(layers: Sequence[Layer], process_group: ProcessGroupLike | GroupSp
         ValueError: If several inputs are not on one device; on every rank alike, if all ranks together have one value
             per channel.
     """
-    if len({layer.input.device for layer in layers}) > 1:
+    if len(layers) > 1 and len({layer.input.device for layer in layers}) > 1:
         devices = ", ".join(str(layer.input.device) for layer in layers)
         raise ValueError(f"expected inputs of one device, got {devices}; layers of several cannot share an exchange.")
     spec = process_group if isinstance(process_group, GroupSpec) else GroupSpec(process_group)
     group = spec.resolve()
     if group is None:
-        return tuple(_one_process(layer) for layer in layers)
+        return tuple(_one_process(count_batch(layer)) for layer in layers)
     return normalize_batch(layers, group) if layers else ()
 
 
@@ -157,15 +158,15 @@ def check_input(x: Tensor, num_features: int, parameter: Tensor | None, eps: flo
         raise ValueError(f"expected an input of 2 or more dimensions (N, C, *), got shape {tuple(x.shape)}.")
     if x.dtype not in _DTYPES:
         raise ValueError(f"expected an input of a floating dtype, got {x.dtype}; convert it, as in input.float().")
-    if x.device.type == "mps":
+    if x.is_mps:
         raise ValueError("syncbn: the device 'mps' has no float64, in which the statistics travel; use CPU or CUDA.")
-    if x.shape[1] == 0 or x.shape[1] != num_features:
+    channels = x.size(1)
+    if channels == 0 or channels != num_features:
         wanted = num_features or "at least 1"
-        raise ValueError(f"expected an input of {wanted} channels (N, C, *), got {x.shape[1]} in {tuple(x.shape)}.")
+        raise ValueError(f"expected an input of {wanted} channels (N, C, *), got {channels} in {tuple(x.shape)}.")
     if eps is not None and eps <= 0:
         raise ValueError(f"expected eps to be positive in training, got {eps}.")
-    is_half = x.dtype in (torch.float16, torch.bfloat16)
-    if parameter is not None and parameter.dtype not in (x.dtype, torch.float32 if is_half else x.dtype):
+    if parameter is not None and parameter.dtype != x.dtype and (parameter.dtype, x.dtype) not in _MIXED:
         raise ValueError(
             f"expected an input of the layer's dtype {parameter.dtype}, or of a half type for a float32 layer, "
             f"got {x.dtype}; convert one of them."
@@ -173,7 +174,8 @@ def check_input(x: Tensor, num_features: int, parameter: Tensor | None, eps: flo
 
 
 def _one_process(layer: Layer) -> Tensor:
-    input, running_mean, running_var, weight, bias, momentum, eps, _ = layer
+    input, running_mean, running_var, weight, bias, momentum, eps, _, _ = layer
+    assert momentum is not None
     if recompute.is_recomputing():
         momentum = 0.0  # the first pass has moved the running statistics
     if not isinstance(momentum, Tensor) or running_mean is None or running_var is None:

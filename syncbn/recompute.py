@@ -53,11 +53,6 @@ def record(moments: Batch) -> None:
         _tapes.setdefault(frame, _Tape()).moments.append(moments)
 
 
-def is_involved() -> bool:
-    """Whether this forward pass is of a checkpointed region, its first pass or a recomputation."""
-    return is_recomputing() or _checkpoint_frame()[0] is not None
-
-
 def _backward_pass() -> int:
     """Identify the running backward pass; -1 outside of any."""
     current = getattr(torch._C, "_current_graph_task_id", None)

@@ -2,8 +2,7 @@
 
 It serves what is usual: plain tensors on the CPU, no activation checkpointing, nobody who traces. All else is
 `autograd`, the second order too. Either can run on any rank: the exchanges and the bits are the same. Building takes
-torch's headers and 20 s or more, so ``SYNCBN_KERNELS=fused`` builds it, once for a user and machine, and ``auto``
-takes it if it has been built.
+torch's headers and about 20 s, once for a user, machine and torch; where it cannot be kept only ``fused`` builds it.
 """
 
 import threading
@@ -15,11 +14,16 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import kernels, recompute
+from . import kernels
 from .collectives import gather_limit
 from .kernels import build
 
 _SOURCE = Path(__file__).with_name("step.cpp")
+_NOTICE = (
+    "syncbn: building its C++ training step for this machine, once; this takes about 20 s. SYNCBN_KERNELS=native "
+    "builds nothing."
+)
+_PLAIN, _NUMBER = (Tensor, torch.nn.Parameter), (float, int)
 _lock = threading.Lock()
 _asked: set[str] = set()  # choices of kernels under which the library was looked for
 _train: Callable[..., Tensor | None] | None = None
@@ -31,24 +35,29 @@ def train(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float | Tensor,
+    num_batches: Tensor | None,
+    momentum: float | Tensor | None,
     eps: float,
     group: ProcessGroup,
 ) -> Tensor | None:
     """Do what `autograd.normalize_batch` does for one layer, or return None for what is not usual."""
-    if isinstance(momentum, Tensor) or x.numel() <= x.shape[1] or kernels.choose(x) is not kernels.fused:
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not isinstance(momentum, _NUMBER):
         return None
-    if not _is_ready() or recompute.is_involved():
+    if not _is_ready():
         return None
     assert _train is not None
     limit = gather_limit(group, True)
-    return _train(x, weight, bias, running_mean, running_var, momentum, eps, group.boxed(), limit)
+    return _train(x, weight, bias, running_mean, running_var, num_batches, momentum, eps, group.group_name, limit)
 
 
 def _is_ready() -> bool:
-    if kernels.choice() not in _asked:
+    """Whether the kernels in force are those of this step, and it is there; the first call builds or loads it."""
+    choice = kernels.choice()
+    if choice not in ("auto", "fused"):
+        return False
+    if choice not in _asked and not kernels.fused.is_traced():
         with _lock:
-            _load(kernels.choice())
+            _load(choice)
     return _train is not None
 
 
@@ -58,11 +67,13 @@ def _load(choice: str) -> None:
     if _train is not None:
         return
     try:
-        if choice == "auto" and not build.is_cached(_SOURCE, _flags()):
+        if not kernels.fused.is_ready() or (choice == "auto" and not build.keeps()):
             return
-        build.load(_SOURCE, _flags())
-        _train = torch.ops.syncbn.train.default
+        build.load(_SOURCE, _flags(), _NOTICE)
+        _train = torch.ops.syncbn.train.default._op  # without the call that finds it
     except Exception as error:  # of any kind: Python goes on
+        if choice == "auto":
+            return
         warnings.warn(
             f"SYNCBN_KERNELS={choice}: expected to build or load the C++ training step, got {type(error).__name__}: "
             f"{error}. This process goes on with more host work per layer.",

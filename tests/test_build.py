@@ -109,11 +109,30 @@ def test_without_a_cache_each_process_builds_for_itself(source, tmp_path, builds
     assert not Path("relative").exists()
 
 
-def test_a_build_that_fails_leaves_nothing(source, home):
+def test_a_build_that_fails_is_not_tried_again_for_a_day(source, home, builds):
     source.write_text("nonsense")
-    with pytest.raises(RuntimeError, match=r"(?s)expected `.*one\.cpp.*` to succeed, got exit code 1: .*nonsense"):
+    said = r"(?s)expected `.*one\.cpp.*` to succeed, got exit code 1: .*nonsense"
+    with pytest.raises(RuntimeError, match=said):
         build.load(source)
-    assert not list(home.iterdir())
+    [failed] = home.iterdir()
+    with pytest.raises(RuntimeError, match=f"{said}.*not tried again for a day; remove {failed} to do so"):
+        build.load(source)
+    assert len(builds) == 1
+    long_ago = failed.stat().st_mtime - build._MEMORY - 1
+    os.utime(failed, (long_ago, long_ago))
+    with pytest.raises(RuntimeError, match=said):
+        build.load(source)
+    assert len(builds) == 2
+    failed.unlink()
+    source.write_text('extern "C" int number() { return 5; }')
+    assert build.load(source).number() == 5
+    assert [path.suffix for path in home.iterdir()] == [".so"]
+
+
+def test_the_process_that_builds_says_so(source, home, caplog):
+    for _ in range(2):
+        build.load(source, notice="this takes a while")
+    assert caplog.messages == ["this takes a while"]
 
 
 def test_a_compiler_that_hangs(source, monkeypatch):

@@ -179,7 +179,6 @@ def what_is_left_alone(rank, world_size):
     def note(name, layer=layer, x=x):
         found[name] = is_step(layer(x))
 
-    note("auto")
     with syncbn.use_kernels("native"):
         note("native")
     with syncbn.use_kernels("fused"):
@@ -204,9 +203,9 @@ def what_is_left_alone(rank, world_size):
 
 
 def test_what_is_not_usual_is_left_to_python(run):
-    usual = {"auto", "usual", "none", "inference"}
+    usual = {"usual", "none", "inference"}
     for found in run(what_is_left_alone, 2):
-        assert {name for name, taken in found.items() if taken} - {"auto"} == usual - {"auto"}
+        assert {name for name, taken in found.items() if taken} == usual
 
 
 def gradients(rank, world_size):
@@ -271,15 +270,29 @@ def forget(monkeypatch, **what):
         monkeypatch.setattr(build, name, value)
 
 
-def test_auto_builds_nothing(monkeypatch, tmp_path):
-    def load(*_):
-        raise AssertionError("built")
-
-    forget(monkeypatch, load=load)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.mark.parametrize("keeps", [True, False])
+def test_auto_builds_what_can_be_kept_and_fails_quietly(monkeypatch, keeps):
+    load = mock.Mock(side_effect=RuntimeError("no such header"))
+    forget(monkeypatch, load=load, keeps=lambda: keeps)
     with syncbn.use_kernels("auto"), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not step._is_ready()
+    assert load.called == keeps
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_other_kernels_do_without(monkeypatch, name):
+    forget(monkeypatch, load=mock.Mock(side_effect=AssertionError("built")))
+    with syncbn.use_kernels(name):
+        assert not step._is_ready()
+
+
+def test_nobody_who_traces_starts_the_search(monkeypatch):
+    forget(monkeypatch)
+    with syncbn.use_kernels("fused"):
+        with Nothing():
+            assert not step._is_ready()
+        assert step._is_ready()
 
 
 def test_without_torchs_headers_python_goes_on(monkeypatch):

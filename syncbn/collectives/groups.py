@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
 
+_IS_AVAILABLE = dist.is_available()
 _declared: "weakref.WeakValueDictionary[int | str, GroupSpec]" = weakref.WeakValueDictionary()  # those in use
 _made: dict[int | str, ProcessGroup | ValueError | None] = {}
 _made_in: list[ProcessGroup] = []  # the world that _made belongs to
@@ -67,20 +68,21 @@ class GroupSpec:
             ValueError: If an int does not divide the world size; if the process group is gone, or, after unpickling,
                 no group of its ranks exists.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        world = dist.group.WORLD if _IS_AVAILABLE else None
+        if world is None:
             return None
         if self.ranks is not None:
             group = self.value if isinstance(self.value, ProcessGroup) else None
             if group is None or not (torch.compiler.is_compiling() or group in dist.distributed_c10d._world.pg_map):
                 group = _find_group(self.ranks)
         elif self.value is None:
-            group = dist.group.WORLD
+            group = world
         elif isinstance(self.value, int | str):
             group = _made_group(self.value)
         else:
             assert isinstance(self.value, DeviceMesh)
             group = self.value.get_group()
-        return None if group is None or dist.get_world_size(group) == 1 else group
+        return None if group is None or group.size() == 1 else group
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GroupSpec) and (self.value, self.ranks) == (other.value, other.ranks)

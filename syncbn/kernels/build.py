@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -9,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,23 +23,29 @@ except ImportError:  # Windows: every process builds for itself
     fcntl = None
 
 _TIMEOUT = 300  # seconds
+_MEMORY = 24 * 3600  # seconds for which a build that failed is not tried again
 _FLAGS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 if platform.system() == "Linux":
     _FLAGS += ("-Wl,-Bsymbolic", "-Wl,--no-as-needed")  # names of our own first; libraries named before the source
 
 
-def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",)) -> ctypes.CDLL:
+def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str = "") -> ctypes.CDLL:
     """Load the library of ``source``; build it if it is not in the cache.
 
     The compiler is the command in ``CXX``, else c++, g++ or clang++. The cache is ``syncbn/kernels`` in
     ``$XDG_CACHE_HOME`` or ``~/.cache``; where that cannot be written, every process builds for itself. A library is
     named after what it depends on, its processor too, and put in its place at once. Of processes that start together
-    one builds, and the others wait for it.
+    one builds, and the others wait for it. A build that failed is not tried again for a day.
+
+    Args:
+        source: The C++ file.
+        more_flags: For the compiler.
+        notice: Logged as a warning by the process that builds, for a build that is long enough to wonder about.
 
     Raises:
         FileNotFoundError: If there is no compiler.
         PermissionError: If others could have put a library into the cache.
-        RuntimeError: If the compiler fails.
+        RuntimeError: If the compiler fails, or did so within the last day.
         OSError: If the library cannot be loaded.
     """
     command = _command(more_flags)
@@ -47,7 +55,7 @@ def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",)) -> ctypes.CD
         if not library.exists():
             with _alone(folder):
                 if not library.exists():
-                    _build(command, source, library)
+                    _build_once(command, source, library, notice)
         _refuse_foreign(library)
         try:
             return ctypes.CDLL(str(library))
@@ -57,10 +65,9 @@ def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",)) -> ctypes.CD
         return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
 
 
-def is_cached(source: Path, more_flags: Sequence[str] = ("-std=c++17",)) -> bool:
-    """Whether `load` finds the library of ``source``; it raises what `load` raises."""
-    folder = _cache()
-    return folder is not None and (folder / _name(source, _command(more_flags))).exists()
+def keeps() -> bool:
+    """Whether what `load` builds is kept for later processes; raises what `load` raises."""
+    return _cache() is not None
 
 
 def _command(more_flags: Sequence[str]) -> list[str]:
@@ -97,6 +104,21 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _build_once(command: list[str], source: Path, library: Path, notice: str) -> None:
+    """Build, but not again what failed within the last day: other processes need not wait for the same end."""
+    failed = library.with_suffix(".failed")
+    if failed.exists() and time.time() - failed.stat().st_mtime < _MEMORY:
+        raise RuntimeError(f"{failed.read_text()} (not tried again for a day; remove {failed} to do so)")
+    if notice:
+        logging.getLogger("syncbn").warning("%s", notice)
+    try:
+        _build(command, source, library)
+    except RuntimeError as error:
+        failed.write_text(str(error))
+        raise
+    failed.unlink(missing_ok=True)
 
 
 def _build(command: list[str], source: Path, library: Path) -> Path:

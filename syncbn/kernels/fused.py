@@ -47,12 +47,12 @@ def supports(x: Tensor, quietly: bool = False) -> bool:
     """
     return (
         _is_plain(x)
-        and not _is_traced()
+        and not is_traced()
         and x.numel() > 0
         and _layout(x.shape, x.stride()) is not None
         and x.data_ptr() != 0
         and not x.is_neg()  # x is the negative of what lies in memory
-        and _is_ready(quietly)
+        and is_ready(quietly)
     )
 
 
@@ -154,7 +154,7 @@ def _is_plain(t: Tensor) -> bool:
     return type(t) in _PLAIN and t.is_cpu and t.dtype in _DTYPES and t.layout is torch.strided
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether somebody follows the operators, which would miss what is done here."""
     return bool(
         torch.compiler.is_compiling()
@@ -189,7 +189,8 @@ def _like(dy: Tensor, x: Tensor) -> Tensor:
     return dy if is_alike else torch.empty_like(x).copy_(dy)
 
 
-def _is_ready(quietly: bool) -> bool:
+def is_ready(quietly: bool = True) -> bool:
+    """Whether the library is there and right; the first call builds or loads it, says why not unless ``quietly``."""
     global _is_decided, _problem
     if not _is_decided:
         with _lock:
