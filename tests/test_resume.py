@@ -350,6 +350,14 @@ def test_another_global_batch_goes_on_where_the_images_seen_are_whole_steps():
         place(simulate=2).go_on_from(between)
 
 
+def test_another_number_of_threads_is_said(here, whole, capsys):  # noqa: F811
+    path = whole / "checkpoints" / LAST
+    torch.set_num_threads(3)
+    train("+norm=bn", f"ckpt_path={path}", "run_dir=run")
+    before = torch.load(path, weights_only=True)["syncbn"]["num_threads"]
+    assert f"threads {before} -> 3: the same up to rounding, not bit for bit" in capsys.readouterr().out
+
+
 def test_another_global_batch_moves_schedule_and_learning_rate(here, capsys):  # noqa: F811
     with killed(Task, "training_step", at_step(5)):
         train("+norm=bn", "run_dir=run")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from syncbn.experiment.checkpoints import PART, last_good, read
@@ -83,6 +84,9 @@ def find_start(config: DictConfig, now: Place) -> Start:
         place, changes = now.go_on_from(saved)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    threads, now_threads = checkpoint[PART]["num_threads"], torch.get_num_threads()
+    if threads != now_threads:  # which add in another order
+        changes = [*changes, f"threads {threads} -> {now_threads}: the same up to rounding, not bit for bit"]
     notes = (*wrong, f"goes on from {path}: epoch {place.epoch}, step {place.step}", *changes)
     return Start(place, path, found is not None, now.has_ranks_of(saved), notes)
 

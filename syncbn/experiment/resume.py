@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from syncbn.experiment import ranks
@@ -127,6 +128,7 @@ class Checkpoints(Checkpoint):
             "place": self.place.as_dict(),
             "first_step": pl_module.first_step,
             "seconds": _clock(trainer).elapsed(),
+            "num_threads": torch.get_num_threads(),
             "num_rows": sum(logger.num_rows for logger in trainer.loggers if isinstance(logger, MetricsFile)),
             "ranks": ranks.gather(trainer, ranks.collect(pl_module)),
         }
