@@ -111,7 +111,7 @@ def find_start(config: DictConfig, world: World, data: ImageData, task: Task) ->
 
 def listen_inside(world: World) -> None:
     """Have gloo listen on the loopback if one machine has all ranks; by itself it takes the host name's address."""
-    if world.num_nodes == 1:
+    if world.num_nodes == 1 < world.world_size:
         for _, name in socket.if_nameindex():
             if name in ("lo", "lo0"):  # Linux, macOS
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

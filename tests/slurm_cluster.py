@@ -16,6 +16,7 @@ from hosts import made_hosts
 
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
+CHOICES = ("SLURM", "MASTER_", "GLOO_")  # of whoever runs the tests, which are not the user's
 LIMIT = 300  # seconds, against a loaded machine
 ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 CONFIG = """
@@ -55,7 +56,7 @@ class Cluster:
         self.login, *self.nodes = hosts
         self.folder = folder
         self.started = []
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER_"))}
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(CHOICES)}
         self.env |= {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf"), "SBATCH_TIMELIMIT": "15"}
 
     def boot(self):
