@@ -154,6 +154,7 @@ def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
     callbacks.append(Checkpoints(folder / "checkpoints", start, config.checkpoint_every))
     cell.follow(callbacks)
     trainer = make_trainer(config, world, folder, data.plan.accumulate, callbacks)
+    trainer.precision_plugin.convert_module(task)  # Lightning restores first, which would round float64 weights
     trainer.fit(task, datamodule=data, ckpt_path=start.path, weights_only=True)
     training = report.summarize_training(trainer, task, data.plan)  # before a test changes the trainer's timers
     evaluations = evaluate(trainer, task, data, list(config.evaluate))

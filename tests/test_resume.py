@@ -247,11 +247,14 @@ def test_two_runs_in_one_folder(here, monkeypatch):  # noqa: F811
     "extra",
     [
         ["data.accumulate=2", "trainer.max_steps=7", "+data.num_workers=1"],
+        ["trainer.precision=64-true"],
+        pytest.param(["trainer.precision=bf16-true"], marks=SLOW),
+        pytest.param(["trainer.precision=bf16-mixed"], marks=SLOW),
         pytest.param(["simulate=2"], marks=SLOW),
         pytest.param(["trainer.max_epochs=3"], marks=SLOW),
     ],
 )
-def test_accumulated_and_simulated_batches_and_a_number_of_steps(here, extra):  # noqa: F811
+def test_accumulated_and_simulated_batches_precisions_and_a_number_of_steps(here, extra):  # noqa: F811
     train("+norm=bn", *extra, "run_dir=whole")
     for step in (3, 6):
         with killed(Task, "training_step", at_step(step)):
@@ -389,16 +392,22 @@ def train_as_rank(rank, world_size, folder, steps, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "norm"), [pytest.param(2, "bn", marks=SLOW), pytest.param(2, "syncbn", marks=SLOW), (4, "syncbn_2")]
+    ("world_size", "norm", "more"),
+    [
+        pytest.param(2, "bn", [], marks=SLOW),
+        pytest.param(2, "syncbn", [], marks=SLOW),
+        (4, "syncbn_2", ["trainer.precision=64-true"]),
+        pytest.param(4, "syncbn", [], marks=SLOW),
+    ],
 )
-def test_several_ranks(run, tmp_path, world_size, norm):
+def test_several_ranks(run, tmp_path, world_size, norm, more):
     for name, steps in (("whole", []), ("run", [3, 4, 7])):
-        arguments = (f"+norm={norm}", f"run_dir={tmp_path / name}", "evaluate=[rank0,averaged]")
+        arguments = (f"+norm={norm}", f"run_dir={tmp_path / name}", "evaluate=[rank0,averaged]", *more)
         run(train_as_rank, world_size, tmp_path, steps, *arguments, timeout=300)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     own = torch.load(tmp_path / "run" / "checkpoints" / LAST, weights_only=True)["syncbn"]["ranks"]
     means = [next(v for k, v in rank["buffers"].items() if k.endswith("running_mean")) for rank in own]
-    assert len({tuple(mean.tolist()) for mean in means}) == {"bn": 2, "syncbn": 1, "syncbn_2": 2}[norm]
+    assert len({tuple(mean.tolist()) for mean in means}) == {"bn": world_size, "syncbn": 1, "syncbn_2": 2}[norm]
 
 
 def processes():

@@ -77,6 +77,7 @@ def settle_buckets(trainer: L.Trainer, model: L.LightningModule) -> None:
     """
     before = collect(model)
     images = trainer.datamodule.example().to(trainer.strategy.root_device)  # type: ignore[attr-defined]
+    images = trainer.precision_plugin.convert_input(images)
     with torch.enable_grad(), trainer.precision_plugin.train_step_context():
         outputs = trainer.strategy.model(images)  # type: ignore[misc]
         outputs.float().square().mean().backward()

@@ -108,7 +108,7 @@ class Task(L.LightningModule, ABC):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of this rank's batch; DDP averages the gradients over equal batches."""
         loss, num_images = self.loss(batch), len(batch[1])
-        self.train_loss.update(loss.detach())
+        self.train_loss.update(loss.detach().float())  # what it casts to itself depends on when the run started
         self.log("loss", loss, prog_bar=True, batch_size=num_images)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, batch_size=num_images)
         return loss
