@@ -53,6 +53,8 @@ def normalize_batch(layers: Sequence[Layer], group: ProcessGroup) -> tuple[Tenso
         try:
             y = step.train(x, weight, bias, running_mean, running_var, num_batches, momentum, eps, group)
         except RuntimeError as error:
+            if step.OF_EXCHANGE not in str(error):
+                raise
             raise debug.explain(error, "forward", [owner]) from error
         if y is not None:
             return (y,)

@@ -71,15 +71,20 @@ bool is_dense(const Tensor& x) {
   return x.size(1) == 1 || x.stride(1) == 1;
 }
 
+// Whether it may be changed here, which only inference mode may do to what it made.
+bool may_change(const Tensor& t) { return !t.is_inference() || c10::InferenceMode::is_enabled(); }
+
 bool fits(const Optional& t, long channels) {
   return !t || (is_plain(*t) && t->numel() == channels && t->is_contiguous());
 }
 
 bool is_count(const Optional& t) {
-  return !t || (is_ordinary(*t) && t->scalar_type() == at::kLong && t->numel() == 1);
+  return !t || (is_ordinary(*t) && may_change(*t) && t->scalar_type() == at::kLong && t->numel() == 1);
 }
 
-bool fits_running(const Optional& t, long channels) { return fits(t, channels) && (!t || code(t->scalar_type()) < 2); }
+bool fits_running(const Optional& t, long channels) {
+  return fits(t, channels) && (!t || (may_change(*t) && code(t->scalar_type()) < 2));
+}
 
 // autograd's functions take no undefined tensors: an empty one is none.
 bool is_there(const Tensor& t) { return t.numel() > 0; }
@@ -140,8 +145,20 @@ struct Exchange {
       for (long i = 0; i < num; ++i) sum[i] += sum[r * num + i];
     return sum;
   }
-  static constexpr long IN_TURN = 16;  // rows that at::sum adds up in another order
+  static constexpr long IN_TURN = 5;  // rows that at::sum adds up in another order
 };
+
+constexpr auto OF_EXCHANGE = "(in an exchange of SyncBatchNorm)";  // step.py looks for it
+
+// f(), whose errors say more.
+template <class F, class G> auto in_exchange(F f, G say) try {
+  return f();
+} catch (c10::Error& error) {
+  error.add_context(say());
+  throw;
+} catch (const std::runtime_error& error) {  // gloo's
+  throw std::runtime_error(std::string(error.what()) + "\n" + say());
+}
 
 void changed(const Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
@@ -190,9 +207,10 @@ struct Step : torch::autograd::Function<Step> {
     Tensor packed = empty({2 * channels + 1}, at::kDouble);
     LocalSums local{at, x.const_data_ptr(), doubles_of(packed)};
     local_sums(&local);
-    Exchange exchange(packed, group, gather_limit);
+    auto say = [] { return std::string(OF_EXCHANGE); };
+    Exchange exchange = in_exchange([&] { return Exchange(packed, group, gather_limit); }, say);
     Tensor y = new_like(x);  // while it is under way
-    const double* total = exchange.wait();
+    const double* total = in_exchange([&] { return exchange.wait(); }, say);
     Tensor both = advance_(total, x, running_mean, running_var, momentum, eps);
     Normalize last{at, row(both, 0), row(both, 1), values(weight), values(bias), x.const_data_ptr(), y.data_ptr()};
     normalize(&last);
@@ -203,7 +221,7 @@ struct Step : torch::autograd::Function<Step> {
     data["bias_dtype"] = bias.scalar_type();
     data["count"] = total[2 * channels];
     data["eps"] = eps;
-    data["group"] = group;
+    data["group"] = group->getGroupName();  // compiled autograd hashes what is here, and a group has no hash
     data["gather_limit"] = gather_limit;
     return y;
   }
@@ -211,25 +229,23 @@ struct Step : torch::autograd::Function<Step> {
   static variable_list backward(AutogradContext* ctx, variable_list dys) {
     auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &dy = dys[0];
+    TORCH_CHECK(!is_there(weight) || !weight.is_cpu() || weight.const_data_ptr(),
+                "SyncBatchNorm: expected the weight to be in memory in the backward pass, found its storage freed; "
+                "keep it, or gather it again before (as FSDP does).");
     bool is_usual = !at::GradMode::is_enabled() && is_plain(x) && (!dy.defined() || is_plain(dy));
     is_usual = is_usual && is_unseen();
     if (!is_usual) return general(ctx, x, weight, saved[2], dy);
-    try {
-      return quick(ctx, x, weight, saved[2], like(dy, x));
-    } catch (c10::Error& error) {
-      error.add_context(explain(weight));
-      throw;
-    } catch (const std::runtime_error& error) {  // gloo's
-      throw std::runtime_error(std::string(error.what()) + "\n" + explain(weight));
-    }
+    return quick(ctx, x, weight, saved[2], like(dy, x));
   }
 
   // What debug.py says of an error.
-  static std::string explain(const Tensor& weight) {
+  static std::string explain(const Tensor& weight) try {
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("syncbn::explain", "");
     torch::jit::Stack stack{weight};
     op.callBoxed(&stack);
     return stack[0].toStringRef();
+  } catch (const std::exception&) {
+    return OF_EXCHANGE;
   }
 
   static variable_list quick(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& both,
@@ -244,18 +260,19 @@ struct Step : torch::autograd::Function<Step> {
     backward_sums(&local);
     std::optional<Exchange> exchange;
     long gather_limit = data["gather_limit"].toInt();
-    auto group = data["group"].toCustomClass<c10d::ProcessGroup>();
+    auto group = c10d::resolve_process_group(data["group"].toStringRef());
     if (needs[0]) {
       Tensor sent = sums.numel() > gather_limit ? new_like(sums) : sums;
       if (!sent.is_same(sums)) std::copy_n(doubles_of(sums), 2 * channels, doubles_of(sent));
-      exchange.emplace(sent, group, gather_limit);
+      in_exchange([&] { return &exchange.emplace(sent, group, gather_limit); }, [&] { return explain(weight); });
     }
     Tensor dx, dweight, dbias;  // while it is under way
     if (needs[1]) dweight = as(weight.scalar_type(), doubles_of(sums) + channels, channels);
     if (needs[2]) dbias = as(data["bias_dtype"].toScalarType(), doubles_of(sums), channels);
     if (exchange) {
       dx = new_like(x);
-      double count = data["count"].toDouble(), *total = exchange->wait();
+      double count = data["count"].toDouble();
+      double* total = in_exchange([&] { return exchange->wait(); }, [&] { return explain(weight); });
       InputGradient last{at,  mean, invstd, values(weight), dy.const_data_ptr(), x.const_data_ptr(),
                          total, &count, dx.data_ptr()};
       input_gradient(&last);
@@ -263,7 +280,7 @@ struct Step : torch::autograd::Function<Step> {
     return {dx, dweight, dbias, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 
-  // In Python: gradients that can be differentiated again, and what is traced or batched.
+  // In Python: gradients that can be differentiated again, and what is traced.
   static variable_list general(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& both,
                                const Tensor& dy) {
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("syncbn::backward", "");
@@ -271,7 +288,7 @@ struct Step : torch::autograd::Function<Step> {
     auto optional = [](const Tensor& t) { return t.defined() && is_there(t) ? c10::IValue(t) : c10::IValue(); };
     Tensor count = at::scalar_tensor(data["count"].toScalar(), at::TensorOptions().dtype(at::kDouble));
     torch::jit::Stack stack{optional(dy), x, optional(weight), count, both, data["needs"], data["eps"],
-                            data["bias_dtype"], data["group"]};
+                            data["bias_dtype"], c10d::resolve_process_group(data["group"].toStringRef())};
     op.callBoxed(&stack);
     variable_list gradients(9);
     for (size_t i = 0; i < 3; ++i)
@@ -292,8 +309,8 @@ Optional train(const Tensor& x, const Optional& weight, const Optional& bias, co
                   (!running_mean || running_mean->scalar_type() == running_var->scalar_type());
   if (!is_usual) return std::nullopt;
   auto of = [](const Optional& t) { return t ? *t : empty({0}, at::kDouble); };
-  if (num_batches) ++*num_batches->data_ptr<int64_t>(), changed(*num_batches);
   auto group = c10d::resolve_process_group(group_name);
+  if (num_batches) ++*num_batches->data_ptr<int64_t>(), changed(*num_batches);
   return Step::apply(x, of(weight), of(bias), of(running_mean), of(running_var), momentum, eps, group, gather_limit);
 }
 

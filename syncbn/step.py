@@ -24,6 +24,7 @@ _NOTICE = (
     "builds nothing."
 )
 _PLAIN, _NUMBER = (Tensor, torch.nn.Parameter), (float, int)
+OF_EXCHANGE = "(in an exchange of SyncBatchNorm)"  # what step.cpp writes into the errors of its exchange forward
 _lock = threading.Lock()
 _asked: set[str] = set()  # choices of kernels under which the library was looked for
 _train: Callable[..., Tensor | None] | None = None
@@ -41,7 +42,7 @@ def train(
     group: ProcessGroup,
 ) -> Tensor | None:
     """Do what `autograd.normalize_batch` does for one layer, or return None for what is not usual."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not isinstance(momentum, _NUMBER):
+    if type(x) not in _PLAIN or not isinstance(momentum, _NUMBER) or kernels.fused.is_traced():
         return None
     if not _is_ready():
         return None
@@ -55,7 +56,7 @@ def _is_ready() -> bool:
     choice = kernels.choice()
     if choice not in ("auto", "fused"):
         return False
-    if choice not in _asked and not kernels.fused.is_traced():
+    if choice not in _asked:
         with _lock:
             _load(choice)
     return _train is not None

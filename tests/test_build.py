@@ -135,11 +135,44 @@ def test_the_process_that_builds_says_so(source, home, caplog):
     assert caplog.messages == ["this takes a while"]
 
 
-def test_a_compiler_that_hangs(source, monkeypatch):
-    monkeypatch.setattr(build, "_TIMEOUT", 0.2)
-    monkeypatch.setenv("CXX", f"{sys.executable} -c 'import time; time.sleep(20)'")
+def test_a_compiler_that_hangs(source, home, monkeypatch, builds, tmp_path):
+    code = (
+        "import os, sys, time; '--version' in sys.argv or os.fork(); open(sys.argv[1], 'a').write(f'{os.getpid()} '); "
+    )
+    code += "'--version' in sys.argv or time.sleep(60)"
+    (tmp_path / "hangs.py").write_text(code)
+    monkeypatch.setenv("CXX", f"{sys.executable} {tmp_path / 'hangs.py'} {tmp_path / 'pids'}")
+    monkeypatch.setattr(build, "_TIMEOUT", 3)
     with pytest.raises(subprocess.TimeoutExpired):
         build.load(source)
+    pids = set((tmp_path / "pids").read_text().split())
+    assert len(pids) == 3
+    assert not any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text() for pid in pids)
+    with pytest.raises(RuntimeError, match=r"timed out after 3 seconds.*not tried again for a day"):
+        build.load(source)
+    assert len(builds) == 1
+
+
+def test_a_damaged_library_is_built_anew_and_one_that_never_loads_is_given_up(source, home, builds, monkeypatch):
+    problems = ["file too short"]
+
+    def load(path, original=build.ctypes.CDLL):
+        if problems:
+            raise OSError(problems.pop())
+        return original(path)
+
+    monkeypatch.setattr(build.ctypes, "CDLL", load)
+    assert build.load(source).number() == 1
+    assert len(builds) == 2
+    [library] = home.iterdir()
+    problems += ["undefined symbol"] * 2
+    with pytest.raises(OSError, match="undefined symbol"):
+        build.load(source, notice="this takes a while")
+    assert len(builds) == 3
+    library.unlink()
+    with pytest.raises(RuntimeError, match=r"to load, got undefined symbol.*not tried again for a day"):
+        build.load(source, notice="this takes a while")
+    assert len(builds) == 3
 
 
 def test_no_compiler(source, monkeypatch):

@@ -1,5 +1,6 @@
 """step.py: the C++ training step gives the bits of autograd.py, leaves alone what is not usual, and can do without."""
 
+import contextlib
 import copy
 import shutil
 import warnings
@@ -9,6 +10,8 @@ import pytest
 import torch
 from oracle import compare, lay_out, make_case, run_case, truth
 from torch import nn
+from torch._dynamo import compiled_autograd
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -126,6 +129,29 @@ def run_by_step(rank, world_size, cases, others):
         return [run_case(rank, case) for case in cases]
 
 
+def trained_apart(rank, world_size):
+    """Some ranks by the step, the others not: one has no values, one a single value per channel."""
+    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64)
+    shape = {0: (2, 3, 5), 1: (0, 3, 5), 2: (1, 3, 1)}.get(rank, (rank, 3, 2))
+    taken = set()
+    for seed in range(40):
+        torch.manual_seed(100 * seed + rank)
+        x = (torch.randn(shape, dtype=torch.float64) + 3).requires_grad_()
+        with syncbn.use_kernels("fused"):
+            y = layer(x)
+        taken.add(is_step(y))
+        y.square().sum().backward()
+    return taken, layer.running_mean.tolist(), layer.running_var.tolist()
+
+
+@pytest.mark.parametrize("world_size", [4, 5, 6])
+def test_all_ranks_have_the_same_bits_whoever_takes_the_step(run, world_size):
+    taken, *statistics = zip(*run(trained_apart, world_size), strict=True)
+    assert list(taken) == [{rank not in (1, 2)} for rank in range(world_size)]
+    for of_ranks in statistics:
+        assert all(of_rank == of_ranks[0] for of_rank in of_ranks)
+
+
 @pytest.mark.parametrize("others", [(), (1,), (0, 2)])
 def test_equals_one_process(run, others):
     options = [{}, {"layer": {"affine": False}}, {"frozen_weight": True}, {"layer": {"momentum": None}}]
@@ -199,6 +225,12 @@ def what_is_left_alone(rank, world_size):
         found["checkpoint"] = any(regions[:2])
         with torch.inference_mode():
             found["inference"] = layer(torch.randn(2, 3, 4)).shape == (2, 3, 4)
+            other = syncbn.SyncBatchNorm(3)
+            with CommDebugMode() as counted:
+                layer(torch.randn(2, 3, 4))
+            found["inference, traced"] = counted.get_total_counts() == 0
+        with torch.no_grad(), pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+            other(torch.randn(2, 3, 4))
     return found
 
 
@@ -259,6 +291,48 @@ def in_place(rank, world_size):
         return changed
 
 
+def compiled_backward(rank, world_size):
+    torch.manual_seed(rank)
+    layer, x = syncbn.SyncBatchNorm(3), torch.randn(2, 3, 4, requires_grad=True)
+    grads = []
+    for context in (contextlib.nullcontext(), compiled_autograd._enable(torch.compile(backend="eager"))):
+        with syncbn.use_kernels("fused"):
+            y = layer(x)
+        assert is_step(y)
+        x.grad = None
+        with context:
+            y.backward(torch.arange(24.0).view(2, 3, 4))
+        grads.append(x.grad)
+    return torch.equal(*grads)
+
+
+def test_compiled_autograd(run):
+    assert run(compiled_backward, 2) == [True, True]
+
+
+def lost_weight(rank, world_size):
+    with syncbn.use_kernels("fused"):
+        layer = syncbn.SyncBatchNorm(3)
+        y = layer(torch.randn(2, 3, 4, requires_grad=True))
+    layer.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="expected the weight to be in memory in the backward pass"):
+        y.square().sum().backward()
+
+
+def no_gradient_for_what_is_not_saved(rank, world_size):
+    """An error of the step that is not of its exchange is not blamed on it."""
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 4)
+    with syncbn.use_kernels("fused"), pytest.raises(RuntimeError, match="Inference tensors cannot") as caught:
+        syncbn.SyncBatchNorm(3)(x)
+    assert "exchange" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [lost_weight, no_gradient_for_what_is_not_saved])
+def test_errors(run, function):
+    run(function, 2)
+
+
 def test_in_place_changes_are_seen(run):
     assert run(in_place, 2) == [True, True]
 
@@ -288,11 +362,9 @@ def test_other_kernels_do_without(monkeypatch, name):
 
 
 def test_nobody_who_traces_starts_the_search(monkeypatch):
-    forget(monkeypatch)
-    with syncbn.use_kernels("fused"):
-        with Nothing():
-            assert not step._is_ready()
-        assert step._is_ready()
+    forget(monkeypatch, load=mock.Mock(side_effect=AssertionError("built")))
+    with syncbn.use_kernels("fused"), Nothing():
+        assert step.train(torch.randn(4, 3), None, None, None, None, None, 0.1, 1e-5, None) is None
 
 
 def test_without_torchs_headers_python_goes_on(monkeypatch):

@@ -7,12 +7,13 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -47,20 +48,22 @@ def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str 
         PermissionError: If others could have put a library into the cache.
         RuntimeError: If the compiler fails, or did so within the last day.
         OSError: If the library cannot be loaded.
+        subprocess.TimeoutExpired: If the compiler takes longer than five minutes.
     """
     command = _command(more_flags)
     name, folder = _name(source, command), _cache()
     if folder is not None:
         library = folder / name
-        if not library.exists():
-            with _alone(folder):
-                if not library.exists():
-                    _build_once(command, source, library, notice)
-        _refuse_foreign(library)
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # damaged, or where nothing may be run
-            library.unlink(missing_ok=True)
+        problem: OSError | None = None
+        for _ in range(2):  # a damaged one is built anew
+            found = _find_or_build(command, source, library, notice, problem)
+            try:
+                return ctypes.CDLL(str(found))
+            except OSError as error:
+                problem = error
+        if notice:  # too long for every process; the folder's system runs nothing, or the library misses something
+            library.with_suffix(".failed").write_text(f"expected {library} to load, got {problem}")
+            raise OSError(f"expected {library} to load, got {problem}") from problem
     with tempfile.TemporaryDirectory(prefix="syncbn-", ignore_cleanup_errors=True) as private:
         return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
 
@@ -106,6 +109,19 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _find_or_build(command: list[str], source: Path, library: Path, notice: str, problem: OSError | None) -> Path:
+    """Return the library in the cache, after a build if it is not there, or if it is the one that had a problem."""
+    damaged = library.stat().st_ino if problem is not None and library.exists() else None
+    if damaged is not None or not library.exists():
+        with _alone(library.parent):
+            if damaged is not None and library.exists() and library.stat().st_ino == damaged:
+                library.unlink()
+            if not library.exists():
+                _build_once(command, source, library, notice)
+    _refuse_foreign(library)
+    return library
+
+
 def _build_once(command: list[str], source: Path, library: Path, notice: str) -> None:
     """Build, but not again what failed within the last day: other processes need not wait for the same end."""
     failed = library.with_suffix(".failed")
@@ -115,7 +131,7 @@ def _build_once(command: list[str], source: Path, library: Path, notice: str) ->
         logging.getLogger("syncbn").warning("%s", notice)
     try:
         _build(command, source, library)
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
         failed.write_text(str(error))
         raise
     failed.unlink(missing_ok=True)
@@ -134,11 +150,31 @@ def _build(command: list[str], source: Path, library: Path) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False)
-    if result.returncode:
-        said = result.stderr.strip()[-1000:]
-        raise RuntimeError(f"expected `{shlex.join(command)}` to succeed, got exit code {result.returncode}: {said}")
-    return result.stdout
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=_TIMEOUT)
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode:
+        said = errors.strip()[-1000:]
+        raise RuntimeError(f"expected `{shlex.join(command)}` to succeed, got exit code {process.returncode}: {said}")
+    return output
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a compiler, which works by processes of its own."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _processor() -> str:

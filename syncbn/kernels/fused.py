@@ -91,13 +91,16 @@ def advance(
         or (running_mean is None) != (running_var is None)
     ):
         return None
+    running = [t for t in (running_mean, running_var) if t is not None]
+    if any(t.is_inference() for t in running) and not torch.is_inference_mode_enabled():
+        return None  # they refuse to be changed
     mean, invstd = torch.empty((2, num_features), dtype=dtype, device="cpu").unbind()
     channel = _channel(num_features, mean, invstd, running_mean, running_var)
     if channel is None or channel[4] != channel[6] or channel[4] > 1:  # half types, or two
         return None
     _call("advance", num_features, packed.data_ptr(), eps, momentum, *channel)
-    for t in (running_mean, running_var):
-        if t is not None and not t.is_inference():  # which have no version
+    for t in running:
+        if not t.is_inference():  # which has no version
             torch.autograd.graph.increment_version(t)
     return packed[-1], mean, invstd
 
