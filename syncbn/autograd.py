@@ -99,7 +99,8 @@ def _sum_forward(packed: Tensor, layers: Sequence[Layer], group: ProcessGroup, g
         owners, inputs = [layer.owner for layer in layers], [layer.input for layer in layers]
         needs = [grad_mode and x.requires_grad for x in inputs]
         direction = "forward again" if recompute.is_recomputing() else "forward"
-        debug.announce(direction, owners, inputs, needs, packed.numel(), group)
+        settings = [(layer.eps, layer.momentum) for layer in layers]
+        debug.announce(direction, owners, inputs, needs, packed.numel(), group, settings)
     try:
         return all_reduce(packed, group)
     except RuntimeError as error:

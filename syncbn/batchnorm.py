@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import ddp, debug, functional
 from .autograd import Layer
 from .collectives import GroupSpec, ProcessGroupLike
+from .debug.names import give_number
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -75,6 +76,7 @@ class SyncBatchNorm(_BatchNorm):
     @process_group.setter
     def process_group(self, value: ProcessGroupLike | GroupSpec) -> None:
         self._group_spec = value if isinstance(value, GroupSpec) else GroupSpec(value)
+        give_number(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""

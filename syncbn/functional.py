@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import recompute
+from . import debug, recompute
 from .autograd import Layer, count_batch, normalize_batch
 from .collectives import GroupSpec, ProcessGroupLike
 
@@ -128,7 +128,11 @@ def normalize(layers: Sequence[Layer], process_group: ProcessGroupLike | GroupSp
         devices = ", ".join(str(layer.input.device) for layer in layers)
         raise ValueError(f"expected inputs of one device, got {devices}; layers of several cannot share an exchange.")
     spec = process_group if isinstance(process_group, GroupSpec) else GroupSpec(process_group)
-    group = spec.resolve()
+    try:
+        group = spec.resolve()
+    except RuntimeError as error:
+        owners = [layer.owner for layer in layers]
+        raise debug.explain(error, "when the process groups were made", owners) from error
     if group is None:
         return tuple(_one_process(count_batch(layer)) for layer in layers)
     return normalize_batch(layers, group) if layers else ()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .batchnorm import SyncBatchNorm
 from .collectives import GroupSpec
+from .debug.names import give_number, take_number
 
 _MODULE_STATE = frozenset(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
 _MEMBERS = ("_parameters", "_buffers", "_modules")
@@ -56,6 +57,7 @@ def to_sync(
         original.attributes["_group_spec"] = layer.__dict__["_group_spec"]
     _set_class(layer, original)
     layer.__dict__["_group_spec"] = spec
+    give_number(layer)
 
 
 def frozen_to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: GroupSpec) -> None:
@@ -127,6 +129,7 @@ def turn_back(layer: nn.Module) -> None:
     layer.__class__ = original.cls
     if not issubclass(original.cls, SyncBatchNorm):
         layer.__dict__.pop("_group_spec", None)
+        take_number(layer)
     for name in ["_syncbn_original", *original.added]:
         layer.__dict__.pop(name, None)
     for name, value in original.attributes.items():
@@ -143,6 +146,7 @@ def to_batchnorm(layer: SyncBatchNorm) -> None:
     by_dims = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     layer.__class__ = by_dims.get(layer.__dict__.pop("_input_dims", 4), nn.BatchNorm2d)  # type: ignore[assignment]
     layer.__dict__.pop("_group_spec")
+    take_number(layer)
 
 
 def _set_class(layer: nn.Module, original: Original) -> None:

@@ -302,6 +302,11 @@ def checkpoints_alone(rank, world_size):
     return train(rank, lambda model, x: learn(checkpoint(model, x, use_reentrant=False)))
 
 
+def repeats_exchanges_alone(rank, world_size):
+    """By the reentrant variant, whose first pass cannot be told from a forward without gradients."""
+    return train(rank, lambda model, x: learn(checkpoint(model, x.requires_grad_(), use_reentrant=True)))
+
+
 def computes_with_other_kernels(rank, world_size):
     with syncbn.use_kernels("reference" if rank == GUILTY else "native"):
         return train(rank)

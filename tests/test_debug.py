@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import importlib
+import itertools
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn.collectives import board as board_module
 from syncbn.debug import OrderError, check_order
+from syncbn.debug import names as names_module
 from syncbn.debug.names import is_same, name_of
 from syncbn.debug.signature import SIZE, Signature, ranks, unpack
 
@@ -37,6 +39,12 @@ class Net(nn.Module):
             x = linear(x)
             x = x if norm is None else getattr(self, norm)(x).relu()
         return x
+
+
+class Wrapper(nn.Module):
+    def __init__(self, name, inner):
+        super().__init__()
+        self.add_module(name, inner)
 
 
 def batch(rank, step=0):
@@ -122,6 +130,48 @@ def has_fewer_batches(model, x, is_odd):
     syncbn.update_bn_stats(model, [x] if is_odd else [x, x])
 
 
+class Stem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn1 = nn.BatchNorm1d(6)
+        self.layer1 = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU())
+        self.layer1.bn1 = nn.BatchNorm1d(6)
+
+
+def takes_a_layer_of_the_same_last_name(model, x, is_odd):
+    stem = syncbn.convert(Stem())
+    (stem.layer1.bn1 if is_odd else stem.bn1)(model.first(x))
+
+
+def takes_the_other_model_of_the_same_names(model, x, is_odd):
+    generator, discriminator = (syncbn.convert(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))) for _ in range(2))
+    for net in (discriminator, generator) if is_odd else (generator, discriminator):
+        net(x)
+
+
+def takes_another_layer_of_a_list(model, x, is_odd):
+    layers = [syncbn.SyncBatchNorm(4) for _ in range(3)]
+    for layer in reversed(layers) if is_odd else layers:
+        layer(x)
+
+
+def takes_the_model_within_another(model, x, is_odd):
+    critic = Wrapper("body", syncbn.convert(Net()))
+    (critic.body if is_odd else model)(x)
+
+
+def has_another_eps(model, x, is_odd):
+    if is_odd:
+        model.norm1.eps = 1e-3
+    model(x)
+
+
+def has_another_momentum(model, x, is_odd):
+    if is_odd:
+        model.norm1.momentum = None
+    model(x)
+
+
 def calls_the_function(model, x, is_odd):
     x = model.first(x)
     syncbn.functional.sync_batch_norm(x, None, None, training=True) if is_odd else model.norm1(x)
@@ -144,11 +194,19 @@ DIFFERENCES = {  # what differs, and what the message says of rank 0 and 2, and 
     differentiates_twice: ("direction", "norm2 (Net), backward, 6", "norm2 (Net), backward with create_graph, 6"),
     stops_before_the_second_order: ("direction", "second-order backward", "norm1 (Net), forward"),
     has_fewer_batches: ("direction", "norm1 (Net), forward", "update_bn_stats, statistics, 27 numbers"),
+    takes_a_layer_of_the_same_last_name: ("layer", "bn1 (Stem), forward", "layer1.bn1 (Stem), forward"),
+    takes_the_other_model_of_the_same_names: ("layer", "1 (Sequential #2), forward", "1 (Sequential #1), forward"),
+    takes_another_layer_of_a_list: ("layer", "SyncBatchNorm(4 #3), forward", "SyncBatchNorm(4 #1), forward"),
+    takes_the_model_within_another: ("layer", "norm1 (Net), forward", "body.norm1 (Wrapper), forward"),
+    has_another_eps: ("settings", "13 numbers, eps 1e-05, momentum 0.1", "13 numbers, eps 0.001, momentum 0.1"),
+    has_another_momentum: ("settings", "13 numbers, eps 1e-05, momentum 0.1", "13 numbers, eps 1e-05, momentum None"),
     calls_the_function: ("layer", "norm1 (Net), forward", "sync_batch_norm, forward"),
 }
 
 
 def differ(rank, world_size, does):
+    gc.collect()  # models of tests before, of which not every rank made as many
+    names_module._numbers = itertools.count()
     model = syncbn.convert(Net())
     with check_order(LONG):
         model(batch(rank)).pow(3).sum().backward()
@@ -189,6 +247,7 @@ def runs_in_eval_mode(model, x):
 
 
 def miss(rank, world_size, does):
+    gc.collect()
     model = syncbn.convert(Net())
     with check_order(LONG):
         model(batch(rank)).pow(3).sum().backward()
@@ -375,6 +434,49 @@ def test_a_process_group_made_anew_on_the_same_store(run, tmp_path):
     run(remake, 2, str(tmp_path / "store"))
 
 
+def remake_after_use_by_one(rank, world_size, path):
+    """In the first world rank 0 alone ran in eval mode under the check."""
+    model, real = syncbn.convert(Net()), board_module._default_store
+    dist.destroy_process_group()
+    board_module._default_store = lambda: dist.FileStore(path, world_size)
+    try:
+        for world in range(2):
+            store = dist.PrefixStore(f"world{world}", dist.FileStore(path, world_size))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            with check_order(LONG):
+                if world == 1:
+                    assert caught(model.train(), batch(rank)) is None
+                elif rank == 0:
+                    model.eval()(batch(rank))
+            dist.barrier()
+            dist.destroy_process_group()
+    finally:
+        board_module._default_store = real
+
+
+def test_a_process_group_made_anew_after_only_one_rank_wrote(run, tmp_path):
+    run(remake_after_use_by_one, 2, str(tmp_path / "store"))
+
+
+def apart(rank, world_size):
+    """Rank 1 makes groups of one, for which the others do not come."""
+    layer = syncbn.SyncBatchNorm(3, process_group=1 if rank == ODD else None)
+    if rank == 0:
+        dist.barrier()
+        dist.destroy_process_group()
+        return None
+    dist.barrier()
+    with pytest.raises(RuntimeError) as caught:
+        layer(torch.randn(4, 3))
+    return str(caught.value)
+
+
+def test_an_error_while_groups_are_made_says_where(run):
+    message = run(apart, 2)[1]
+    assert "SyncBatchNorm(3), when the process groups were made, on rank 1" in message
+    assert "SYNCBN_CHECK_ORDER=1" in message
+
+
 def stand_still(rank, world_size):
     class Still:
         timeout = property(lambda self: __import__("datetime").timedelta(seconds=9))
@@ -416,12 +518,6 @@ def test_torchs_threaded_group(process):  # noqa: F811
         assert "rank 1: norm2 (Net)" in message
 
 
-class Wrapper(nn.Module):
-    def __init__(self, name, inner):
-        super().__init__()
-        self.add_module(name, inner)
-
-
 def test_names():
     written = Net()
     written.norm2 = syncbn.SyncBatchNorm(6)
@@ -454,6 +550,12 @@ def test_names():
         ("a.norm1 (Net)", "b.norm1 (Net)", False),
         ("SyncBatchNorm(64)", "SyncBatchNorm(64)", True),
         ("SyncBatchNorm(64)", "sync_batch_norm", False),
+        ("bn1 (ResNet)", "layer1.0.bn1 (ResNet)", False),
+        ("norm1 (Net #2)", "norm1 (Net #2)", True),
+        ("norm1 (Net)", "norm1 (Net #2)", True),
+        ("norm1 (Net #2)", "norm1 (Other #2)", False),
+        ("SyncBatchNorm(64 #2)", "SyncBatchNorm(64)", True),
+        ("SyncBatchNorm(64 #2)", "SyncBatchNorm(32 #2)", False),
     ],
 )
 def test_one_rank_may_hold_the_model_in_a_larger_one(one, other, same):
@@ -461,16 +563,45 @@ def test_one_rank_may_hold_the_model_in_a_larger_one(one, other, same):
     assert is_same(other, one) is same
 
 
+def test_two_layers_of_one_rank_are_not_one():
+    names = ["norm1 (Net)", "body.norm1 (Critic)"]
+    assert is_same(*names)
+    assert not is_same(*names, here=names)
+
+
+def another_order_of_making(rank, world_size):
+    """What one rank makes for itself between two models of the same names is no difference."""
+    gc.collect()
+    models = [syncbn.convert(Net())]
+    models += [syncbn.convert(Net())] if rank == ODD else []
+    models += [syncbn.convert(Net())]
+    with check_order(LONG):
+        return caught(lambda: [models[i](batch(rank)) for i in (0, -1, 0, -1)])
+
+
+def test_more_models_on_one_rank_are_no_difference(run):
+    assert run(another_order_of_making, 2) == [None, None]
+
+
+def test_a_part_of_the_model_in_another_module_changes_no_name():
+    model = syncbn.convert(Net())
+    keep = nn.Sequential(model.first, model.norm1)
+    assert name_of(model.norm1) == "norm1 (Net)"
+    assert keep is not None
+
+
 def test_a_row_has_one_size_whatever_the_names():
     for names in ((), ("a",), tuple(f"layer{i}.norm" for i in range(99)), ("x" * 400 + ".norm",), ("ä" * 300,)):
-        signature = Signature("backward with create_graph", "64+32", "float32", "", "99", str(len(names)), names)
+        signature = Signature(
+            "backward with create_graph", "64+32", "float32", "", "99", "", "7", str(len(names)), names
+        )
         row = signature.pack()
         assert len(row) == SIZE
         back = unpack(row)
-        assert back[:6] == signature[:6]
+        assert back[:8] == signature[:8]
         assert all(name.endswith(part) for name, part in zip(names, back.layers, strict=False))
-    assert "and " not in str(unpack(Signature("", "", "", "", "1", "2", ("a", "b")).pack()))
-    assert " more" in str(unpack(Signature("", "", "", "", "1", "99", ("layer.norm",) * 99).pack()))
+    assert "and " not in str(unpack(Signature("", "", "", "", "1", "", "", "2", ("a", "b")).pack()))
+    assert " more" in str(unpack(Signature("", "", "", "", "1", "", "", "99", ("layer.norm",) * 99).pack()))
 
 
 def test_ranks_are_written_shortly():

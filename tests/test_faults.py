@@ -86,7 +86,7 @@ FAULTS = [
     Fault(faults.coalesces_alone, LOUD, "left"),
     Fault(faults.swaps_two_models, LOUD, "1.left"),
     Fault(faults.swaps_two_models_of_one_class, "silent", "1.norm1", truth=TWO_MODELS),
-    Fault(faults.swaps_two_models_that_nothing_holds, "silent", "silent", truth=TWO_MODELS),
+    Fault(faults.swaps_two_models_that_nothing_holds, "silent", "norm1", truth=TWO_MODELS),
     # dtypes, gradients, modes
     right(faults.has_another_dtype, on="norm1", tolerance=1e-4),
     right(faults.autocasts_alone, on="norm1", tolerance=0.2),
@@ -103,8 +103,9 @@ FAULTS = [
     Fault(faults.accumulates_more, LOUD, "norm1", (LOUD, LOUD), named=0, waits="both"),
     Fault(faults.compiles_alone, "right", "has not", (LOUD, LOUD), waits="on", slow=True),
     right(faults.checkpoints_alone),
+    Fault(faults.repeats_exchanges_alone, LOUD, "norm1"),
     right(faults.computes_with_other_kernels),
-    Fault(faults.has_another_eps, "silent", "silent"),
+    Fault(faults.has_another_eps, "silent", r"norm2.* eps 0\.5"),
     Fault(faults.has_another_group, LOUD, "has not", (LOUD, LOUD), waits="both", world_size=4),
     Fault(faults.has_another_group_in_one_layer, LOUD, OF_PAIR, waits="both", world_size=4),
     # mishaps
@@ -273,7 +274,6 @@ def goes_on(rank, world_size, spec, folder):
         if spec == "pairs":
             with pytest.raises(ValueError, match="no such group exists"):
                 layer(batch(0, rank))
-            oracle.num_batches_tracked += 1
             faults.pair_of(rank)  # the layer finds it by its ranks
         train_beside(layer, oracle, 2 * life, rank, partners)
     dist.barrier()

@@ -61,8 +61,8 @@ class Board:
             BoardError: If there is no answer from the store.
         """
         ranks, answer = dist.get_process_group_ranks(group), SimpleQueue[Meeting | Exception]()
-        key, index = f"{group.group_name}/{call}", dist.get_rank(group)
-        self._jobs.put(lambda pen: pen.meet(answer, key, index, ranks, row, place, timeout))
+        name, index = group.group_name, dist.get_rank(group)
+        self._jobs.put(lambda pen: pen.meet(answer, name, call, index, ranks, row, place, timeout))
         try:
             found = answer.get(timeout=timeout + _GRACE)
         except Empty:
@@ -111,37 +111,45 @@ class _Pen:
     """The operations on the store, all in the board's thread."""
 
     def __init__(self, store: Any, rank: int) -> None:
-        self.store, self.rank, self.prefix = store, rank, ""
-        self.shares_timeout = True  # with the other users of the store
-        self.previous = ""
+        self.store, self.rank = store, rank
+        self.shares_timeout, self.is_open = True, False  # the time-out, with the other users of the store
+        self.prefixes: dict[str, str] = {}  # by group
+        self.previous: dict[str, str] = {}  # row of the last call, by group
 
     def open(self) -> None:
-        """Take a connection of our own, since a read that waits holds it, and keys that no earlier world has used.
-
-        Process groups that are made anew may share a store, so each rank counts its worlds in it.
-        """
-        if self.prefix:
+        """Take a connection of our own, since a read that waits holds it, and forget where an earlier world was."""
+        if self.is_open:
             return
+        self.is_open = True
         before, shared = self.store.timeout, self.store
         with suppress(AttributeError, NotImplementedError, RuntimeError):
             self.store = shared.clone()
             self.store.set_timeout(before + timedelta(seconds=1))
             self.shares_timeout = shared.timeout != before  # a HashStore's clone is itself
             self.store.set_timeout(before)
-        world = self.store.add(f"syncbn/order/worlds/{self.rank}", 1)
-        self.prefix = f"syncbn/order/{world}"
+        self.store.set(_last(self.rank), "")
+
+    def prefix_of(self, group: str) -> str:
+        """Give keys of a group that no earlier one of its name has used: process groups made anew may share a store.
+
+        Each rank counts the groups of this name that it has met, which all members have.
+        """
+        if group not in self.prefixes:
+            number = self.store.add(f"syncbn/order/groups/{group}/{self.rank}", 1)
+            self.prefixes[group] = f"syncbn/order/{group}/{number}"
+        return self.prefixes[group]
 
     def note(self, place: str) -> None:
         self.open()
-        self.store.set(f"{self.prefix}/last/{self.rank}", place)
+        self.store.set(_last(self.rank), place)
 
     def meet(
-        self, answer: Any, key: str, index: int, ranks: list[int], row: bytes, place: str, timeout: float
+        self, answer: Any, group: str, call: int, index: int, ranks: list[int], row: bytes, place: str, timeout: float
     ) -> None:
         try:
             self.open()
-            keys = [f"{self.prefix}/{key}/{i}" for i in range(len(ranks))]
-            self.store.multi_set([keys[index], f"{self.prefix}/last/{self.rank}"], [row, place])
+            keys = [f"{self.prefix_of(group)}/{call}/{i}" for i in range(len(ranks))]
+            self.store.multi_set([keys[index], _last(self.rank)], [row, place])
             rows = self._read(keys, timeout)
             found = self._absent(keys, index, ranks) if rows is None else Meeting(dict(zip(ranks, rows, strict=True)))
         except Exception as error:  # of any kind: the caller waits for an answer
@@ -149,9 +157,9 @@ class _Pen:
             return
         answer.put(found)
         if rows is not None:  # all have come here, so all have read the call before
-            if self.previous:
-                self.store.delete_key(self.previous)
-            self.previous = keys[index]
+            if group in self.previous:
+                self.store.delete_key(self.previous[group])
+            self.previous[group] = keys[index]
 
     def _read(self, keys: list[str], timeout: float) -> list[bytes] | None:
         """Read all rows, None if one is not there in time (or the store is not: whoever asks next sees that)."""
@@ -173,9 +181,13 @@ class _Pen:
         self.store.set(keys[index], GAVE_UP)
         places = {}
         for rank in [rank for rank in ranks if not come[rank]]:
-            key = f"{self.prefix}/last/{rank}"
+            key = _last(rank)
             places[rank] = self.store.get(key).decode() if self.store.check([key]) else ""
         return Meeting({}, places)
+
+
+def _last(rank: int) -> str:
+    return f"syncbn/order/last/{rank}"
 
 
 def _work(jobs: "SimpleQueue[Callable[[_Pen], None] | None]", pen: _Pen) -> None:

@@ -3,9 +3,9 @@
 Every exchange must be met by all ranks of its group. A rank that takes another branch, leaves a layer out or raises in
 its own forward leaves the others waiting, without a word which layer it was. With the check on, each rank first
 writes a row of 256 bytes to the process group's store (layer, direction, channels, dtype, whether the input needs a
-gradient, how many numbers; under the group and the number of the call) and reads those of the others: one write and
-one read per exchange, and a deletion in the background. It needs nothing of the backend, and DDP's collectives may be
-under way.
+gradient, how many numbers, eps and momentum; under the group and the number of the call) and reads those of the
+others: one write and one read per exchange, and a deletion in the background. It needs nothing of the backend, and
+DDP's collectives may be under way.
 
 - A difference raises `OrderError` on every rank of the group: rank by rank the layer, and what differs.
 - Where a rank does not come in time the others raise `OrderError`: the missing ranks, and what each did last, a
@@ -29,8 +29,8 @@ one size in another order exchange without complaint, and their statistics are w
 layers of one size it does not tell apart either.
 
 Not checked: exchanges inside a graph of torch.compile (compile on all ranks or on none; a rank that falls back to
-eager alone waits until the time-out); the making of process groups; the third order; two layers without a name of
-their own, such as those of a plain list, of equal size.
+eager alone waits until the time-out); the making of process groups; the third order. Where two models name their
+layers alike, a rank that begins with the other model is found one exchange later, when it has met both.
 """
 
 import os
@@ -45,7 +45,7 @@ from torch.distributed import ProcessGroup
 
 from ..collectives.board import GAVE_UP, BoardError, Meeting, current_board, is_initialized, rank_in_world, ranks_of
 from ..collectives.groups import timeout_of
-from .names import Owner, name_of
+from .names import Owner, name_for_exchange, name_of
 from .signature import Signature, differences, listed, ranks, table, unpack
 
 _DEFAULT_TIMEOUT = 300.0
@@ -103,6 +103,7 @@ def announce(
     needs: Sequence[bool],
     num_numbers: int,
     group: ProcessGroup,
+    settings: Sequence[tuple[float, float | Tensor | None]] = (),
 ) -> None:
     """Compare with the other ranks what is about to be exchanged, if the check is on.
 
@@ -113,6 +114,7 @@ def announce(
         needs: Whether there will be a gradient of each input.
         num_numbers: What the exchange sums.
         group: The ranks that take part.
+        settings: eps and momentum of each layer, if they matter.
 
     Raises:
         OrderError: On every rank of the group, if they differ; on those that are here, if one does not come in time,
@@ -120,10 +122,13 @@ def announce(
     """
     if _check is None:
         return
-    names = [name_of(owner) for owner in owners]
+    named = [name_for_exchange(owner) for owner in owners]
     channels, dtype = listed(x.shape[1] for x in inputs), listed(str(x.dtype).removeprefix("torch.") for x in inputs)
     gradient = listed("input needs gradient" if need else "no input gradient" for need in needs)
-    mine = Signature(direction, channels, dtype, gradient, str(num_numbers), str(len(names)), tuple(names))
+    words = listed(f"eps {eps:g}, momentum {_momentum(momentum)}" for eps, momentum in settings)
+    when, names = "+".join([str(number) for _, number in named]), [name for name, _ in named]
+    facts = direction, channels, dtype, gradient, str(num_numbers), words, when, str(len(names))
+    mine = Signature(*facts, tuple(names))
     timeout = _check.timeout_in(group)
     try:
         board = current_board()
@@ -152,8 +157,12 @@ def _complaint(meeting: Meeting, mine: Signature, where: str, timeout: float) ->
     different = differences(list(signatures.values()))
     if not different:
         return None
-    lines = table({rank: str(signature) for rank, signature in signatures.items()})
+    lines = table({rank: s.told_to([*signatures.values()]) for rank, s in signatures.items()})
     return f"the ranks are not at the same exchange, {where}; they differ in {', '.join(different)}:\n{lines}"
+
+
+def _momentum(momentum: float | Tensor | None) -> str:
+    return f"{momentum:g}" if isinstance(momentum, float | int) else "None"
 
 
 def pass_by(owner: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from .names import is_same
+from .names import is_another_of_the_name, is_same, names_here
 
 SIZE = 256  # bytes of a row
 _SEPARATOR = "\x1f"
@@ -18,6 +18,8 @@ class Signature(NamedTuple):
     dtype: str
     gradient: str  # of the input: whether there will be an exchange backward
     numbers: str
+    settings: str  # of the layers: eps, momentum
+    made: str  # when the layers were, in numbers
     num_layers: str
     layers: tuple[str, ...]  # as many as fit into a row
 
@@ -37,12 +39,16 @@ class Signature(NamedTuple):
         words = [layers, self.direction, channels, self.dtype, self.gradient, f"{self.numbers} numbers"]
         return ", ".join(word for word in words if word)
 
+    def told_to(self, others: "list[Signature]") -> str:
+        """Say what it is, with the settings where they are not those of the others."""
+        return str(self) if len({other.settings for other in others}) == 1 else f"{self}, {self.settings}"
+
 
 def unpack(row: bytes) -> Signature:
     """Read a row."""
     fields = row.rstrip(b"\0").decode().split(_SEPARATOR)
-    direction, channels, dtype, gradient, numbers, num_layers, *layers = fields
-    return Signature(direction, channels, dtype, gradient, numbers, num_layers, tuple(layers))
+    direction, channels, dtype, gradient, numbers, settings, made, num_layers, *layers = fields
+    return Signature(direction, channels, dtype, gradient, numbers, settings, made, num_layers, tuple(layers))
 
 
 def listed(words: Iterable[object]) -> str:
@@ -54,16 +60,20 @@ def listed(words: Iterable[object]) -> str:
 def differences(signatures: list[Signature]) -> list[str]:
     """Name the fields in which not all are the same."""
     reference = max(signatures, key=lambda s: len("".join(s.layers)))
-    names = ["direction", "channels", "dtype", "gradient of the input", "numbers"]
+    names = ["direction", "channels", "dtype", "gradient of the input", "numbers", "settings"]
     found = [name for i, name in enumerate(names) if len({s[i] for s in signatures}) > 1]
-    if not all(_are_same(s, reference) for s in signatures):
+    here = names_here(*(name for s in signatures for name in s.layers))
+    if not all(_are_same(s, reference, here) for s in signatures):
         found.insert(0, "layer")
     return found
 
 
-def _are_same(one: Signature, other: Signature) -> bool:
-    pairs = zip(one.layers, other.layers, strict=False)
-    return one.num_layers == other.num_layers and all(is_same(a, b) for a, b in pairs)
+def _are_same(one: Signature, other: Signature, here: set[str]) -> bool:
+    """Compare the layers: models of the same names by their order too, which only a rank that has several knows."""
+    pairs = [*zip(one.layers, other.layers, strict=False)]
+    if one.num_layers != other.num_layers or not all(is_same(a, b, here) for a, b in pairs):
+        return False
+    return one.made == other.made or not any(is_another_of_the_name(a, b) for a, b in pairs)
 
 
 def table(texts: Mapping[int, str]) -> str:
