@@ -28,6 +28,7 @@ MEETING = 120  # seconds until all ranks have met, and the limit of what needs n
 TIMEOUT = 8  # seconds of the process group, where a fault is found by waiting
 CHECK_TIMEOUT = 5  # of the order check, then
 
+_TERMINATED = "terminate called without an active exception"
 _PR_SET_PDEATHSIG = 1  # Linux: the signal to get when the parent ends
 _context = multiprocessing.get_context("forkserver")
 
@@ -47,7 +48,9 @@ class End:
         """Return "returned", the class of the error, the name of the signal, or "hung"."""
         if self.hung:
             return "hung"
-        if self.code < 0:
+        # torch's threads, now and then, when an interpreter ends by an error with its process group still there
+        is_afterwards = self.error and self.code == -signal.SIGABRT and _TERMINATED in self.output
+        if self.code < 0 and not is_afterwards:
             return signal.Signals(-self.code).name
         return self.error[0] if self.error else f"exit {self.code}" if self.code else "returned"
 
