@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -40,8 +41,8 @@ from syncbn.experiment.evaluate import Statistics, check_modes, evaluate
 from syncbn.experiment.exactness import check_exact
 from syncbn.experiment.known_warnings import ignore_known_warnings
 from syncbn.experiment.make import make
-from syncbn.experiment.place import Place
-from syncbn.experiment.resume import Checkpoints, Start
+from syncbn.experiment.place import Place, Start
+from syncbn.experiment.resume import Checkpoints
 from syncbn.experiment.simulate import simulate
 from syncbn.experiment.task import Task
 from syncbn.lightning import NormConverter
@@ -99,14 +100,10 @@ def make_environment(world: World) -> ClusterEnvironment:
     return SLURMEnvironment(auto_requeue=False) if world.by_slurm else LightningEnvironment()
 
 
-def find_start(config: DictConfig, world: World, data: ImageData, task: Task) -> Start:
+def find_start(config: DictConfig, world: World, data: ImageData, task: Task, *, converted: bool) -> Start:
     """Find the checkpoint this run goes on from, read it, and refuse it before any process group exists."""
     now = Place(data.plan, len(data.splits.train), config.seed, world.simulate, world.world_size, task.lr)
-    start = home.find_start(config, now)
-    if world.rank == 0:
-        for note in start.notes:
-            print(note)
-    return start
+    return home.find_start(config, now, task if converted else None)
 
 
 def listen_inside(world: World) -> None:
@@ -143,19 +140,26 @@ def make_trainer(
 
 def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
     """Go on from a checkpoint or begin, then test; every rank calls this."""
-    start = find_start(config, world, data, task)
     callbacks = convert(config, world, data, task)
+    converted = all(isinstance(callback, NormConverter) for callback in callbacks)  # others do it in the fit
+    find = partial(find_start, config, world, data, task, converted=converted)
+    start = find()
+    if world.rank == 0:
+        for note in start.notes:
+            print(note)
     if world.num_ranks == 1:
         print("world size 1: SyncBatchNorm equals BatchNorm; torchrun --nproc-per-node N starts N processes")
     folder = Path(config.output_dir if config.run_dir is None else config.run_dir)
     if world.rank == 0:  # which alone writes
         folder = report.new_folder(folder, datetime.now()) if config.run_dir is None else folder
         report.write_inputs(folder, config)
-    callbacks.append(Checkpoints(folder / "checkpoints", start, config.checkpoint_every))
+    checkpoints = Checkpoints(folder / "checkpoints", start, config.checkpoint_every)
+    callbacks.append(checkpoints)
     cell.follow(callbacks)
     trainer = make_trainer(config, world, folder, data.plan.accumulate, callbacks)
+    checkpoints.agree(trainer, find)
     trainer.precision_plugin.convert_module(task)  # Lightning restores first, which would round float64 weights
-    trainer.fit(task, datamodule=data, ckpt_path=start.path, weights_only=True)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoints.start.path, weights_only=True)
     training = report.summarize_training(trainer, task, data.plan)  # before a test changes the trainer's timers
     evaluations = evaluate(trainer, task, data, list(config.evaluate))
     if world.rank == 0:

@@ -5,17 +5,20 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import RankError
 from test_launch import ROOT, TRAIN, composed, here, load_train  # noqa: F401  # here is a fixture
 
-from syncbn.experiment import checkpoints
+from syncbn.experiment import checkpoints, home
 from syncbn.experiment.batches import BatchPlan, TrainBatches
 from syncbn.experiment.checkpoints import LAST, PREVIOUS, CheckpointError, WholeFiles, last_good, read
 from syncbn.experiment.place import Place
@@ -150,7 +153,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(here, whole, caps
         train("+norm=bn", "run_dir=run")
     assert (place_of(last), place_of(previous)) == ((1, 2, 6), (1, 0, 4))  # the damaged one did not replace a good one
     flipped = bytearray(last.read_bytes())
-    flipped[len(flipped) // 2] ^= 4
+    with zipfile.ZipFile(last) as archive:
+        largest = max((archive.read(name) for name in archive.namelist()), key=len)
+    flipped[flipped.index(largest) + len(largest) // 2] ^= 4  # not in the padding between tensors
     last.write_bytes(flipped)
     train("+norm=bn", "run_dir=run")
     assert "run/checkpoints/last.ckpt is damaged: the checksum of" in capsys.readouterr().out
@@ -226,12 +231,47 @@ def test_a_finished_run_is_not_run_again_and_another_is_kept_out(here, whole, ca
         train("+norm=syncbn", f"run_dir={whole}")
     with pytest.raises(ValueError, match=r"holds a run with seed=0 \(here 1\): "):
         train("+norm=bn", f"run_dir={whole}", "seed=1")
+    for changed, message in [
+        ("evaluate=[rank0,precise]", r"evaluate=\['rank0'\] \(here \['rank0', 'precise'\]\)"),
+        ("data.global_batch_size=64", r"data.global_batch_size=32 \(here 64\)"),
+        ("data.per_rank_batch_size=8", r"data.per_rank_batch_size=None \(here 8\)"),
+        ("data.accumulate=2", r"data.accumulate=1 \(here 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=f"holds a run with {message}: .*ckpt_path={whole}/checkpoints/last.ckpt"):
+            train("+norm=bn", f"run_dir={whole}", changed)
+    train("+norm=bn", f"run_dir={whole}", "data.cache_dir=elsewhere", "+data.num_workers=1", "checkpoint_every=5")
+    assert "finished: nothing was run" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
-def test_two_runs_in_one_folder(here, monkeypatch):  # noqa: F811
-    from syncbn.experiment import home
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("config.yaml", "norm: {norm: b", "if this is the command of the run in run, remove the file"),
+        ("config.yaml", "\0" * 100, "if this is the command of the run in run, remove the file"),
+        ("run.json", "{", "remove it: the next start writes its own"),
+        ("results.json", '{"arm": ', "remove it, and this command tests again"),
+        ("results.json", "\0" * 100, "remove it, and this command tests again"),
+        ("results.json", "null", "remove it, and this command tests again"),
+    ],
+    ids=["config", "config of zeros", "run", "results", "results of zeros", "results of nothing"],
+)
+def test_a_damaged_file_of_a_run_is_named_and_can_be_removed(here, whole, name, content, advice):  # noqa: F811
+    shutil.copytree(whole, "run")
+    path = here / "run" / name
+    if name != "results.json":
+        (here / "run" / "results.json").unlink()
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^run/{name} is damaged .*{advice}"):
+        train("+norm=bn", "run_dir=run")
+    path.unlink()
+    train("+norm=bn", "run_dir=run")
+    results = (json.loads((run / "results.json").read_text()) for run in (here / "run", whole))
+    one, other = ({k: v for k, v in result.items() if k not in TIMES} for result in results)
+    assert one == other
 
+
+def test_two_runs_in_one_folder(here, monkeypatch):  # noqa: F811
     monkeypatch.setattr(home, "PATIENCE", 1)
     config = composed("run_dir=run")
     with home.claim(config, 0):
@@ -248,6 +288,7 @@ def test_two_runs_in_one_folder(here, monkeypatch):  # noqa: F811
     [
         ["data.accumulate=2", "trainer.max_steps=7", "+data.num_workers=1"],
         ["trainer.precision=64-true"],
+        ["+trainer.val_check_interval=2"],
         pytest.param(["trainer.precision=bf16-true"], marks=SLOW),
         pytest.param(["trainer.precision=bf16-mixed"], marks=SLOW),
         pytest.param(["simulate=2"], marks=SLOW),
@@ -361,6 +402,66 @@ def test_another_number_of_threads_is_said(here, whole, capsys):  # noqa: F811
     assert f"threads {before} -> 3: the same up to rounding, not bit for bit" in capsys.readouterr().out
 
 
+def changed_copy(path, change):
+    """Write `early.ckpt`, the checkpoint as an earlier version would have made it, or another run."""
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint["syncbn"])
+    WholeFiles().save_checkpoint(checkpoint, "early.ckpt")
+    return "ckpt_path=early.ckpt"
+
+
+def test_a_checkpoint_that_does_not_say_threads_and_norm(here, whole, capsys):  # noqa: F811
+    def forget(part):
+        del part["num_threads"], part["norm"]
+
+    train("+norm=syncbn", changed_copy(whole / "checkpoints" / LAST, forget))
+    shown = capsys.readouterr().out
+    assert "goes on from early.ckpt: epoch 2, step 8" in shown
+    assert " -> " not in shown
+
+
+def test_a_new_run_has_its_own_settings_of_the_optimizer_and_norm_and_says_so(here, capsys):  # noqa: F811
+    with killed(Task, "training_step", at_step(5)):
+        train("+norm=bn", "run_dir=run")
+    capsys.readouterr()
+    changes = ["+norm=syncbn_2", "norm.process_group=1", "task.momentum=0.5", "task.weight_decay=0.01"]
+    train(*changes, "ckpt_path=run/checkpoints/last.ckpt", "run_dir=other")
+    shown = capsys.readouterr().out
+    for note in ("momentum 0.9 -> 0.5\n", "weight_decay 0.0001 -> 0.01\n", "norm bn -> syncbn (process_group=1)\n"):
+        assert shown.count(note) == 1
+    saved = torch.load(here / "other" / "checkpoints" / LAST, weights_only=True)
+    groups = saved["optimizer_states"][0]["param_groups"]
+    assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.5, 0.01), (0.5, 0.0)]
+    assert saved["syncbn"]["norm"] == "syncbn (process_group=1)"
+    assert place_of(here / "other" / "checkpoints" / LAST) == (2, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["+norm=gn"], r"running_mean is \(8,\) there, missing here; .* more\. .*norm bn -> gn \(num_groups=8\)"),
+        (["+norm=bn", "model.width=16"], r"weight is \(8, 3, 3, 3\) there, \(16, 3, 3, 3\) here; "),
+    ],
+)
+def test_the_checkpoint_of_another_model_is_refused(here, whole, changes, message):  # noqa: F811
+    with pytest.raises(ValueError, match=rf"^expected the model of {whole}/checkpoints/last.ckpt, .*{message}"):
+        train(*changes, f"ckpt_path={whole / 'checkpoints' / LAST}")
+    assert not (here / "outputs").exists()
+
+
+def test_the_rows_are_on_the_disk_before_the_checkpoint_that_counts_them(here, monkeypatch):  # noqa: F811
+    fsync, order = os.fsync, []
+
+    def noted(handle):
+        order.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    train("+norm=bn", "run_dir=run")
+    before = [order[i - 1] for i, name in enumerate(order) if name == "last.ckpt.tmp"]
+    assert before == ["metrics.csv"] * 4
+
+
 def test_another_global_batch_moves_schedule_and_learning_rate(here, capsys):  # noqa: F811
     with killed(Task, "training_step", at_step(5)):
         train("+norm=bn", "run_dir=run")
@@ -375,6 +476,10 @@ def test_another_global_batch_moves_schedule_and_learning_rate(here, capsys):  #
     with (here / "run" / "csv" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["loss"]]
     assert steps == [*range(4), *range(8, 16)]
+    train("+norm=bn", "run_dir=run", "data.global_batch_size=16")
+    assert "run is finished: nothing was run" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds a run with data.global_batch_size=16 \(here 32\)"):
+        train("+norm=bn", "run_dir=run")
 
 
 def train_as_rank(rank, world_size, folder, steps, *overrides):
@@ -408,6 +513,37 @@ def test_several_ranks(run, tmp_path, world_size, norm, more):
     own = torch.load(tmp_path / "run" / "checkpoints" / LAST, weights_only=True)["syncbn"]["ranks"]
     means = [next(v for k, v in rank["buffers"].items() if k.endswith("running_mean")) for rank in own]
     assert len({tuple(mean.tolist()) for mean in means}) == {"bn": world_size, "syncbn": 1, "syncbn_2": 2}[norm]
+
+
+def train_and_look_early(rank, world_size, folder, num_looks, *overrides):
+    """Train as torchrun's rank where rank 1 looks so often before a killed run wrote its last checkpoint."""
+    look, looks = home.last_good, iter(range(num_looks))
+
+    def early(path):
+        return look(path) if rank == 0 or next(looks, None) is None else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(home, "last_good", early)
+        train_as_rank(rank, world_size, folder, [], *overrides)
+
+
+def test_ranks_that_look_while_an_earlier_run_still_writes(run, tmp_path):
+    path, stop = tmp_path / "run" / "checkpoints" / LAST, f"run_dir={tmp_path / 'run'}"
+    run(train_as_rank, 2, tmp_path, [], "+norm=bn", stop)
+    path.unlink()
+    path.with_name(PREVIOUS).rename(path)
+    (tmp_path / "run" / "results.json").unlink()
+    before = place_of(path)[2]
+    assert before < NUM_STEPS
+    with pytest.raises(
+        RankError, match=f"different checkpoints, of steps 0 to {before}, here .* in which no earlier run still writes"
+    ) as failed:
+        run(train_and_look_early, 2, tmp_path, 2, "+norm=bn", stop)
+    assert {name for name, _ in failed.value.errors.values()} == {"RuntimeError"}
+    run(train_and_look_early, 2, tmp_path, 1, "+norm=bn", stop)
+    assert place_of(path) == (2, 0, NUM_STEPS)
+    with (tmp_path / "run" / "csv" / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["loss"]] == [*range(NUM_STEPS)]
 
 
 def processes():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import nn
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 PART = "syncbn"  # what launch/train.py adds to Lightning's checkpoint
@@ -75,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{path} does not load as tensors and plain values ({_first_line(error)}): {advice}"
+            f"{path} does not load as tensors and plain values ({first_line(error)}): {advice}"
         ) from error
     missing = [k for k in (*LIGHTNING, PART) if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
@@ -85,8 +86,32 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Shorten a message of another library."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_fits(path: Path, saved: Mapping[str, Any], model: nn.Module, change: str | None) -> None:
+    """Refuse a checkpoint of another model.
+
+    Args:
+        path: The checkpoint.
+        saved: Its tensors.
+        model: As it will be trained.
+        change: Of the norm, in words, if there is one.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    there, here = ({k: tuple(getattr(v, "shape", ())) for k, v in s.items()} for s in (saved, model.state_dict()))
+    keys = [key for key in {**here, **there} if here.get(key) != there.get(key)]  # in the order of the layers
+    if keys:
+        shown = [f"{key} is {there.get(key, 'missing')} there, {here.get(key, 'missing')} here" for key in keys[:3]]
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise ValueError(
+            f"expected the model of {path}, got another: {'; '.join(shown)}{more}. Give the settings of norm and "
+            f"model it was made with{f' ({change})' if change else ''}, or take another checkpoint"
+        )
 
 
 def last_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -12,20 +11,26 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from syncbn.experiment.checkpoints import PART, last_good, read
-from syncbn.experiment.place import Place
-from syncbn.experiment.resume import Start
+from syncbn.experiment import arms, report
+from syncbn.experiment.checkpoints import LAST, PART, check_fits, first_line, last_good, read
+from syncbn.experiment.place import Place, Start
 
-# Settings that may differ when a run goes on: they change no number, or `Place` judges them.
-FREE = ("run_dir", "output_dir", "ckpt_path", "checkpoint_every", "timeout", "evaluate", "logger.", "audit")
-JUDGED = (
+# Settings that may differ in a run's folder: they change no number.
+FREE = (
+    "run_dir",
+    "output_dir",
+    "ckpt_path",
+    "checkpoint_every",
+    "timeout",
+    "logger.",
+    "audit",
     "data.cache_dir",
-    "data.global_batch_size",
-    "data.per_rank_batch_size",
-    "data.accumulate",
     "data.num_workers",
 )
+# These may differ when a run goes on (`Place` judges the batches), but not from those of its results.
+JUDGED = ("evaluate", "data.global_batch_size", "data.per_rank_batch_size", "data.accumulate")
 PATIENCE = 20  # seconds
 
 
@@ -34,7 +39,7 @@ def check_settings(config: DictConfig) -> None:
 
     Raises:
         ValueError: `checkpoint_every` is no number of steps; `timeout` is no time; `run_dir` holds a run of another
-            configuration.
+            configuration, or a config that is damaged.
         FileNotFoundError: `ckpt_path` is no file.
     """
     every = config.checkpoint_every
@@ -47,48 +52,56 @@ def check_settings(config: DictConfig) -> None:
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"expected ckpt_path to be a checkpoint to resume, found no file {config.ckpt_path}")
     if config.run_dir is not None:
-        _check_same(Path(config.run_dir), config)
+        _check_same(Path(config.run_dir), config, (*FREE, *JUDGED))
 
 
 def finished(config: DictConfig) -> dict[str, Any] | None:
     """Give the results of the run in `run_dir` if it has any.
 
     Raises:
-        ValueError: they are of another configuration.
+        ValueError: they are of another configuration, the last that went on there; or they are damaged.
     """
     path = Path(config.run_dir) / "results.json"
     if not path.is_file():
         return None
-    _check_same(path.parent, config)
-    results: dict[str, Any] = json.loads(path.read_text())
-    return results
+    _check_same(path.parent, config, FREE)
+    return report.read_json(path, "remove it, and this command tests again")
 
 
-def find_start(config: DictConfig, now: Place) -> Start:
+def find_start(config: DictConfig, now: Place, model: nn.Module | None) -> Start:
     """Find where this run starts: the last good checkpoint in `run_dir`, else `ckpt_path`, else the beginning.
 
     Args:
         config: Of the run.
         now: The run's place at the beginning.
+        model: As it will be trained; None if that is not known yet.
 
     Raises:
         CheckpointError: there are checkpoints, and none is good.
-        ValueError: the place of the checkpoint is none in this run.
+        ValueError: the place of the checkpoint is none in this run, or its model another.
     """
+    norm = _norm_in_words(config.norm)
     found = None if config.run_dir is None else last_good(Path(config.run_dir) / "checkpoints")
     if found is None and config.ckpt_path is None:
-        return Start(now)
+        return Start(now, norm)
     path, checkpoint, wrong = found or (Path(config.ckpt_path), read(Path(config.ckpt_path)), [])
-    saved = Place.from_dict(checkpoint[PART]["place"])
+    part = checkpoint[PART]
+    saved, saved_norm = Place.from_dict(part["place"]), part.get("norm", norm)  # older checkpoints do not say it
+    change = f"norm {saved_norm} -> {norm}" if saved_norm != norm else None
+    if model is not None:
+        check_fits(path, checkpoint["state_dict"], model, change)
     try:
         place, changes = now.go_on_from(saved)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    threads, now_threads = checkpoint[PART]["num_threads"], torch.get_num_threads()
+    if change:
+        changes = [*changes, change]
+    now_threads = torch.get_num_threads()
+    threads = part.get("num_threads", now_threads)
     if threads != now_threads:  # which add in another order
         changes = [*changes, f"threads {threads} -> {now_threads}: the same up to rounding, not bit for bit"]
     notes = (*wrong, f"goes on from {path}: epoch {place.epoch}, step {place.step}", *changes)
-    return Start(place, path, found is not None, now.has_ranks_of(saved), notes)
+    return Start(place, norm, path, found is not None, now.has_ranks_of(saved), notes)
 
 
 @contextmanager
@@ -129,22 +142,36 @@ def _lock(handle: int, folder: Path) -> None:
     raise RuntimeError(f"{folder} is in use by a run that has not ended: wait for it, end it, or set another run_dir")
 
 
-def _check_same(folder: Path, config: DictConfig) -> None:
-    """Refuse to go on in the folder of another run."""
+def _check_same(folder: Path, config: DictConfig, free: tuple[str, ...]) -> None:
+    """Refuse the folder of another run, with other settings than the free ones."""
     path = folder / "config.yaml"
     if not path.is_file():
         return
-    before, now = (dict(_leaves(OmegaConf.to_container(c, resolve=True))) for c in (OmegaConf.load(path), config))
+    try:
+        before = dict(_leaves(OmegaConf.to_container(OmegaConf.load(path), resolve=True)))
+    except Exception as error:  # yaml and OmegaConf raise what the damaged text leads them to
+        raise ValueError(
+            f"{path} is damaged ({first_line(error)}): if this is the command of the run in {folder}, remove the "
+            "file, it is written anew; otherwise set another run_dir"
+        ) from error
+    now = dict(_leaves(OmegaConf.to_container(config, resolve=True)))
     other = [
         f"{key}={before.get(key)} (here {now.get(key)})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE) and key not in JUDGED
+        if before.get(key) != now.get(key) and not key.startswith(free)
     ]
     if other:
         raise ValueError(
-            f"run_dir={folder} holds a run with {', '.join(other)}: give its settings to go on, or another run_dir; "
-            "ckpt_path starts a new run from its checkpoint"
+            f"run_dir={folder} holds a run with {', '.join(other)}: give its settings, or another run_dir; "
+            f"ckpt_path={folder / 'checkpoints' / LAST} starts a new run there from its checkpoint"
         )
+
+
+def _norm_in_words(norm: DictConfig | None) -> str:
+    """Name the arm with its options: what a checkpoint tells of its norm."""
+    values = {} if norm is None else dict(_leaves(OmegaConf.to_container(norm, resolve=True)))
+    options = [f"{k}={v}" for k, v in values.items() if k not in ("_target_", "norm") and v is not None]
+    return arms.name_of(norm) + (f" ({', '.join(options)})" if options else "")
 
 
 def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ class MetricsFile(CSVLogger):
             self.columns = sorted({*self.columns, *row})
             self._write([*rows, row])
         self.num_rows += 1
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Wait until the rows are on the disk, as a checkpoint that counts them will be."""
+        if self.path.is_file():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
 
     @rank_zero_only
     def save(self) -> None:

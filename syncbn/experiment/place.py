@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from syncbn.experiment.batches import BatchPlan
@@ -118,6 +119,38 @@ class Place:
     def has_ranks_of(self, saved: Place) -> bool:
         """Whether what each rank of `saved` kept for itself has a rank here to go to."""
         return (self.num_processes, self.plan.world_size) == (saved.num_processes, saved.plan.world_size)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Hold where a run starts.
+
+    Args:
+        place: In this run.
+        norm: Of this run, in words.
+        path: The checkpoint; None at the beginning.
+        same_run: Whether the checkpoint is of this run's own folder, so that its rows and times count on.
+        same_ranks: Whether each rank finds there what it kept for itself.
+        notes: What changes, in words.
+    """
+
+    place: Place
+    norm: str
+    path: Path | None = None
+    same_run: bool = False
+    same_ranks: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def rescale(checkpoint: dict[str, Any], factor: float, step: int) -> None:
+    """Move optimizer and schedule to another peak of the learning rate and another step."""
+    for state in checkpoint["optimizer_states"]:
+        for group in state["param_groups"]:
+            group["lr"], group["initial_lr"] = group["lr"] * factor, group["initial_lr"] * factor
+    for schedule in checkpoint["lr_schedulers"]:
+        schedule["base_lrs"] = [lr * factor for lr in schedule["base_lrs"]]
+        schedule["_last_lr"] = [lr * factor for lr in schedule["_last_lr"]]
+        schedule["last_epoch"], schedule["_step_count"] = step, step + 1
 
 
 def _word(value: int | None) -> str:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 import syncbn
 from syncbn.experiment.batches import BatchPlan
-from syncbn.experiment.checkpoints import write_whole
+from syncbn.experiment.checkpoints import first_line, write_whole
 from syncbn.experiment.task import Task
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "torchvision", "timm", "scikit-learn", "numpy")
@@ -56,10 +56,15 @@ def write_inputs(folder: Path, config: DictConfig) -> None:
     """Write `config.yaml`, every interpolation resolved, and `run.json` with command, start and versions.
 
     A run that goes on in its folder keeps the `run.json` it began with.
+
+    Raises:
+        ValueError: `run.json` is damaged.
     """
     text = OmegaConf.to_yaml(config, resolve=True)
     write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
-    if not (folder / "run.json").exists():
+    if (folder / "run.json").exists():
+        read_json(folder / "run.json", "remove it: the next start writes its own")  # found before training
+    else:
         run = {"command": shlex.join(sys.argv), "start": datetime.now().isoformat(timespec="seconds")}
         _write_json(folder / "run.json", {**run, "versions": versions()})
 
@@ -67,6 +72,21 @@ def write_inputs(folder: Path, config: DictConfig) -> None:
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write `results.json`: the results and what `run.json` says. With it a run is finished."""
     _write_json(folder / "results.json", {**results, **json.loads((folder / "run.json").read_text())})
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """Read what this module wrote.
+
+    Raises:
+        ValueError: it is damaged; the message ends with `advice`.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}): {advice}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (expected names and values, got {content!r}): {advice}")
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

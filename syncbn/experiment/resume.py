@@ -8,39 +8,22 @@ written; these checkpoints are made when all of a step is done, so that no row i
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from torch.optim import Optimizer
 
 from syncbn.experiment import ranks
 from syncbn.experiment.checkpoints import LAST, PART
 from syncbn.experiment.metrics import MetricsFile
-from syncbn.experiment.place import Place
+from syncbn.experiment.place import Place, Start, rescale
 from syncbn.experiment.report import Clock
 from syncbn.experiment.signals import Signals
-
-
-@dataclass(frozen=True)
-class Start:
-    """Hold where a run starts.
-
-    Args:
-        place: In this run.
-        path: The checkpoint; None at the beginning.
-        same_run: Whether the checkpoint is of this run's own folder, so that its rows and times count on.
-        same_ranks: Whether each rank finds there what it kept for itself.
-        notes: What changes, in words.
-    """
-
-    place: Place
-    path: Path | None = None
-    same_run: bool = False
-    same_ranks: bool = False
-    notes: tuple[str, ...] = ()
 
 
 class Checkpoints(Checkpoint):
@@ -55,17 +38,45 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(self, folder: Path, start: Start, every: int | None) -> None:
-        self.folder, self.start, self.every = folder, start, every
-        self.place, self.saved_step = start.place, start.place.step
+        self.folder, self.every = folder, every
+        self._start_from(start)
         self.signals = Signals()
         self.own: dict[str, Any] | None = None
+        self.optimizer_states: list[dict[str, Any]] = []
+
+    def _start_from(self, start: Start) -> None:
+        self.start, self.place, self.saved_step = start, start.place, start.place.step
+
+    def agree(self, trainer: L.Trainer, find: Callable[[], Start]) -> None:
+        """Let all ranks start from the same step, before the fit; `find` finds it once more.
+
+        Rank 0 has looked when the folder was its own; the others perhaps before, while ranks of a killed run, which
+        notice that only after their step, wrote one more checkpoint. Collectives: the process group begins here, and
+        all-reduces of one number follow.
+
+        Raises:
+            RuntimeError: on all ranks: they find different checkpoints now, too.
+        """
+        if trainer.world_size == 1:
+            return
+        trainer.strategy.setup_environment()
+        try:
+            ranks.check_equal(trainer, self.start.place.step)
+        except RuntimeError:
+            self._start_from(find())
+        else:
+            return
+        try:
+            ranks.check_equal(trainer, self.start.place.step)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}, and in which no earlier run still writes") from None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Turn what was saved into this run's place, before Lightning restores from it."""
         part, place = checkpoint[PART], self.start.place
         _set_loops(checkpoint["loops"]["fit_loop"], place, trainer)
         if place != (saved := Place.from_dict(part["place"])):
-            _rescale(checkpoint, place.lr / saved.lr, place.step)
+            rescale(checkpoint, place.lr / saved.lr, place.step)
         trainer.datamodule.train_batches.go_on(place.epoch, place.batch_of_epoch)  # type: ignore[attr-defined]
         if self.start.same_run:
             pl_module.first_step = part["first_step"]
@@ -73,14 +84,20 @@ class Checkpoints(Checkpoint):
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsFile):
                     logger.go_on(part["num_rows"])
+        else:
+            self.optimizer_states = checkpoint["optimizer_states"]
         if self.start.same_ranks:
             self.own = part["ranks"][trainer.global_rank]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that all ranks start from the same step; then give each its statistics, which DDP has made alike."""
-        ranks.check_equal(trainer, self.start.place.step)
+        """Give each rank its statistics, which DDP has made alike; and the optimizer the settings of a new run."""
         if self.own is not None:
             ranks.restore(pl_module, self.own)
+        notes = _keep_settings(self.optimizer_states, trainer.optimizers)
+        self.optimizer_states = []
+        if trainer.is_global_zero:
+            for note in notes:
+                print(note)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the random streams, last of all; and look out for signals instead of Lightning."""
@@ -126,6 +143,7 @@ class Checkpoints(Checkpoint):
         _set_loops(checkpoint["loops"]["fit_loop"], self.place, trainer)
         checkpoint[PART] = {
             "place": self.place.as_dict(),
+            "norm": self.start.norm,
             "first_step": pl_module.first_step,
             "seconds": _clock(trainer).elapsed(),
             "num_threads": torch.get_num_threads(),
@@ -150,8 +168,11 @@ class Checkpoints(Checkpoint):
             raise SystemExit(128 + asked)
 
     def _save(self, trainer: L.Trainer, epoch: int, step_of_epoch: int) -> None:
-        """Save, unless this step has been."""
+        """Save, unless this step has been; the rows it counts are on the disk before it is."""
         if trainer.global_step != self.saved_step:
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsFile):
+                    logger.sync()
             self.place = replace(self.place, epoch=epoch, step_of_epoch=step_of_epoch, step=trainer.global_step)
             trainer.save_checkpoint(self.folder / LAST)
             self.saved_step = trainer.global_step
@@ -160,6 +181,21 @@ class Checkpoints(Checkpoint):
 def _clock(trainer: L.Trainer) -> Clock:
     [clock] = [callback for callback in trainer.callbacks if isinstance(callback, Clock)]  # type: ignore[attr-defined]
     return clock
+
+
+def _keep_settings(states: list[dict[str, Any]], optimizers: list[Optimizer]) -> list[str]:
+    """Put the settings of the optimizers into the states they will load, all but what the schedule moves.
+
+    Returns:
+        What changes, in words.
+    """
+    notes: list[str] = []
+    for state, optimizer in zip(states, optimizers, strict=False):  # what does not fit is for torch to refuse
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=False):
+            settings = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+            notes += [f"{k} {saved[k]} -> {v}" for k, v in settings.items() if k in saved and saved[k] != v]
+            saved.update(settings)
+    return list(dict.fromkeys(notes))
 
 
 def _begin_epoch(trainer: L.Trainer) -> None:
@@ -172,7 +208,8 @@ def _set_loops(loops: dict[str, Any], place: Place, trainer: L.Trainer) -> None:
     """Write the place in Lightning's words.
 
     Within an epoch they are those of `on_train_batch_end`, from where Lightning resumes right: the last batch is not
-    quite completed. Between epochs everything is.
+    quite completed. Between epochs everything is. Validations are never begun here, and those done are not counted:
+    Lightning, which asks only whether one was interrupted, counts that of this place twice when it goes on.
     """
     is_over = trainer.max_steps != -1 and place.step >= trainer.max_steps  # which ends a begun epoch
     batches, begun = place.batch_of_epoch, int(place.step_of_epoch > 0 and not is_over)
@@ -185,6 +222,7 @@ def _set_loops(loops: dict[str, Any], place: Place, trainer: L.Trainer) -> None:
         "is_last_batch": False,
     }
     loops["epoch_loop.state_dict"] = {"_batches_that_stepped": place.step - begun}
+    loops["epoch_loop.val_loop.batch_progress"] = {**_progress(0, 0, 0, 0, 0), "is_last_batch": False}
     optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     for name in ("step", "zero_grad"):
         optimizer[name]["total"].update(dict.fromkeys(optimizer[name]["total"], place.step))
@@ -199,14 +237,3 @@ def _progress(done: int, ready: int, started: int, processed: int, completed: in
 def _counts(done: int, ready: int, started: int, processed: int, completed: int) -> dict[str, int]:
     names = ("ready", "started", "processed", "completed")
     return {name: done + more for name, more in zip(names, (ready, started, processed, completed), strict=True)}
-
-
-def _rescale(checkpoint: dict[str, Any], factor: float, step: int) -> None:
-    """Move optimizer and schedule to another peak of the learning rate and another step."""
-    for state in checkpoint["optimizer_states"]:
-        for group in state["param_groups"]:
-            group["lr"], group["initial_lr"] = group["lr"] * factor, group["initial_lr"] * factor
-    for schedule in checkpoint["lr_schedulers"]:
-        schedule["base_lrs"] = [lr * factor for lr in schedule["base_lrs"]]
-        schedule["_last_lr"] = [lr * factor for lr in schedule["_last_lr"]]
-        schedule["last_epoch"], schedule["_step_count"] = step, step + 1
