@@ -28,7 +28,10 @@ def differences(program, results):
 
 
 def _compare_with_torch(program, torchs, mine):
-    """A group of one is torch's own layer, to the last bit; but its cumulative average rounds in its own way."""
+    """A group of one is torch's own layer, but for the last bits.
+
+    Its cumulative average rounds in its own way, and so do torch's loops where memory begins elsewhere (torch 2.13).
+    """
     evaluates = any(step == Do("eval") for step in program.steps)
     for name, wanted in torchs.items():
         norm = program.norms[int(re.search(r"layer (\d+)", name)[1]) % len(program.norms)]
@@ -37,8 +40,17 @@ def _compare_with_torch(program, torchs, mine):
             yield from _far(name, mine[name], wanted.double(), 0.0, relative)
         elif norm.momentum is not None or not evaluates:
             tensors = isinstance(wanted, torch.Tensor) and isinstance(mine[name], torch.Tensor)
-            if not (torch.equal(wanted, mine[name]) if tensors else wanted is mine[name] or wanted == mine[name]):
+            if not (_nearly(wanted, mine[name]) if tensors else wanted is mine[name] or wanted == mine[name]):
                 yield f"{name}, in a group of one: expected {wanted}, got {mine[name]}"
+
+
+def _nearly(wanted, got):
+    if wanted.shape != got.shape or wanted.dtype != got.dtype:
+        return False
+    if not wanted.is_floating_point() or not wanted.numel():
+        return torch.equal(wanted, got)
+    last = 32 * torch.finfo(wanted.dtype).eps * max(1.0, wanted.double().abs().nan_to_num(0, 0, 0).max().item())
+    return torch.allclose(wanted.double(), got.double(), rtol=0, atol=last, equal_nan=True)
 
 
 def _compare_calls(program, truth, mine):
