@@ -174,7 +174,8 @@ def test_a_wrong_setting_fails_and_stays_failed(user):
 def test_a_sweep_is_an_array_of_jobs_and_its_command_can_be_repeated(user, one):
     settings = ["hydra.launcher.tasks_per_node=1", "hydra.launcher.timeout_min=15"]
     user.types("hydra/launcher=slurm", *settings)
-    jobs = [user.cluster.end(job["JobId"]) for job in user.cluster.show("job") if "ArrayJobId" in job]
+    jobs = [job for job in user.cluster.show("job") if "ArrayJobId" in job]
+    jobs = [user.cluster.end(f"{job['ArrayJobId']}_{job['ArrayTaskId']}") for job in jobs]
     assert sorted((job["ArrayTaskId"], job["JobState"], job["NumNodes"]) for job in jobs) == [
         ("0", "COMPLETED", "2"),
         ("1", "COMPLETED", "2"),

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch.optim import Optimizer
 
-from syncbn.experiment import ranks
+from syncbn.experiment import loops, ranks
 from syncbn.experiment.checkpoints import LAST, PART
 from syncbn.experiment.metrics import MetricsFile
 from syncbn.experiment.place import Place, Start, rescale
@@ -74,7 +74,7 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Turn what was saved into this run's place, before Lightning restores from it."""
         part, place = checkpoint[PART], self.start.place
-        _set_loops(checkpoint["loops"]["fit_loop"], place, trainer)
+        loops.write_place(checkpoint["loops"]["fit_loop"], place, trainer)
         if place != (saved := Place.from_dict(part["place"])):
             rescale(checkpoint, place.lr / saved.lr, place.step)
         trainer.datamodule.train_batches.go_on(place.epoch, place.batch_of_epoch)  # type: ignore[attr-defined]
@@ -102,7 +102,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the random streams, last of all; and look out for signals instead of Lightning."""
         if self.start.path is not None and not self.place.step_of_epoch:
-            _begin_epoch(trainer)
+            loops.begin_epoch(trainer)
         if self.own is not None:
             if trainer.world_size > 2:
                 ranks.settle_buckets(trainer, pl_module)
@@ -140,7 +140,7 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the place, and what each rank has for itself."""
-        _set_loops(checkpoint["loops"]["fit_loop"], self.place, trainer)
+        loops.write_place(checkpoint["loops"]["fit_loop"], self.place, trainer)
         checkpoint[PART] = {
             "place": self.place.as_dict(),
             "norm": self.start.norm,
@@ -196,44 +196,3 @@ def _keep_settings(states: list[dict[str, Any]], optimizers: list[Optimizer]) ->
             notes += [f"{k} {saved[k]} -> {v}" for k, v in settings.items() if k in saved and saved[k] != v]
             saved.update(settings)
     return list(dict.fromkeys(notes))
-
-
-def _begin_epoch(trainer: L.Trainer) -> None:
-    """Begin an epoch as one that follows another: with `max_steps`, Lightning would take it for begun."""
-    trainer.fit_loop._restarting = False
-    trainer.fit_loop.epoch_loop.restarting = False
-
-
-def _set_loops(loops: dict[str, Any], place: Place, trainer: L.Trainer) -> None:
-    """Write the place in Lightning's words.
-
-    Within an epoch they are those of `on_train_batch_end`, from where Lightning resumes right: the last batch is not
-    quite completed. Between epochs everything is. Validations are never begun here, and those done are not counted:
-    Lightning, which asks only whether one was interrupted, counts that of this place twice when it goes on.
-    """
-    is_over = trainer.max_steps != -1 and place.step >= trainer.max_steps  # which ends a begun epoch
-    batches, begun = place.batch_of_epoch, int(place.step_of_epoch > 0 and not is_over)
-    epoch = place.epoch + int(place.step_of_epoch > 0 and is_over)
-    per_step = 1 if place.simulate else place.plan.accumulate
-    loops["epoch_progress"] = _progress(epoch, begun, begun, 0, 0)
-    loops["epoch_loop.batch_progress"] = {
-        "total": _counts(place.step * per_step, 0, 0, 0, -begun),
-        "current": _counts(batches, 0, 0, 0, -begun),
-        "is_last_batch": False,
-    }
-    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": place.step - begun}
-    loops["epoch_loop.val_loop.batch_progress"] = {**_progress(0, 0, 0, 0, 0), "is_last_batch": False}
-    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-    for name in ("step", "zero_grad"):
-        optimizer[name]["total"].update(dict.fromkeys(optimizer[name]["total"], place.step))
-        optimizer[name]["current"].update(dict.fromkeys(optimizer[name]["current"], place.step_of_epoch))
-
-
-def _progress(done: int, ready: int, started: int, processed: int, completed: int) -> dict[str, Any]:
-    counts = _counts(done, ready, started, processed, completed)
-    return {"total": counts, "current": dict(counts)}
-
-
-def _counts(done: int, ready: int, started: int, processed: int, completed: int) -> dict[str, int]:
-    names = ("ready", "started", "processed", "completed")
-    return {name: done + more for name, more in zip(names, (ready, started, processed, completed), strict=True)}

@@ -1,0 +1,50 @@
+"""A place between two optimizer steps in the words of Lightning's loops, as its checkpoints hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from syncbn.experiment.place import Place
+
+
+def begin_epoch(trainer: L.Trainer) -> None:
+    """Begin an epoch as one that follows another: with `max_steps`, Lightning would take it for begun."""
+    trainer.fit_loop._restarting = False
+    trainer.fit_loop.epoch_loop.restarting = False
+
+
+def write_place(loops: dict[str, Any], place: Place, trainer: L.Trainer) -> None:
+    """Write the place in Lightning's words.
+
+    Within an epoch they are those of `on_train_batch_end`, from where Lightning resumes right: the last batch is not
+    quite completed. Between epochs everything is. Validations are never begun here, and those done are not counted:
+    Lightning, which asks only whether one was interrupted, counts that of this place twice when it goes on.
+    """
+    is_over = trainer.max_steps != -1 and place.step >= trainer.max_steps  # which ends a begun epoch
+    batches, begun = place.batch_of_epoch, int(place.step_of_epoch > 0 and not is_over)
+    epoch = place.epoch + int(place.step_of_epoch > 0 and is_over)
+    per_step = 1 if place.simulate else place.plan.accumulate
+    loops["epoch_progress"] = _progress(epoch, begun, begun, 0, 0)
+    loops["epoch_loop.batch_progress"] = {
+        "total": _counts(place.step * per_step, 0, 0, 0, -begun),
+        "current": _counts(batches, 0, 0, 0, -begun),
+        "is_last_batch": False,
+    }
+    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": place.step - begun}
+    loops["epoch_loop.val_loop.batch_progress"] = {**_progress(0, 0, 0, 0, 0), "is_last_batch": False}
+    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for name in ("step", "zero_grad"):
+        optimizer[name]["total"].update(dict.fromkeys(optimizer[name]["total"], place.step))
+        optimizer[name]["current"].update(dict.fromkeys(optimizer[name]["current"], place.step_of_epoch))
+
+
+def _progress(done: int, ready: int, started: int, processed: int, completed: int) -> dict[str, Any]:
+    counts = _counts(done, ready, started, processed, completed)
+    return {"total": counts, "current": dict(counts)}
+
+
+def _counts(done: int, ready: int, started: int, processed: int, completed: int) -> dict[str, int]:
+    names = ("ready", "started", "processed", "completed")
+    return {name: done + more for name, more in zip(names, (ready, started, processed, completed), strict=True)}
