@@ -317,6 +317,7 @@ def test_a_killed_comparison_takes_its_cells_along_and_goes_on(here, monkeypatch
     assert untimed(rows) == untimed(rows_of(here / "whole"))
 
 
+@pytest.mark.slow
 def test_real_cells_one_of_which_fails(tmp_path):
     """The user's command, without a display: 8 groups do not divide 12 channels, and the other arm goes on."""
     grid = ["arms=[gn,bn]", "per_rank_batch_sizes=[2]", "seeds=[3]", *SMALL, "model.width=12"]

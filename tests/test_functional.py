@@ -217,6 +217,7 @@ def several_in_one_process(rank, world_size):
     return worst
 
 
+@pytest.mark.slow
 def test_compile_of_several_layouts_and_dtypes(run):
     assert max(run(several_in_one_process, 2, timeout=170)) < 100  # units of the dtype's rounding
 

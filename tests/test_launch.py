@@ -78,7 +78,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("num_ranks", "norm"), [(1, "syncbn"), (2, "syncbn"), (2, "gn")])
+@pytest.mark.parametrize(
+    ("num_ranks", "norm"), [(1, "syncbn"), (2, "syncbn"), pytest.param(2, "gn", marks=pytest.mark.slow)]
+)
 def test_the_users_command(tmp_path, num_ranks, norm):
     done = launch(tmp_path, f"+norm={norm}", *SMALL, num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr
