@@ -33,6 +33,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 import syncbn
+from syncbn.compat import DDP_OPTIONS
 from syncbn.experiment import arms, cell, home, nets, report
 from syncbn.experiment.batches import World
 from syncbn.experiment.checkpoints import WholeFiles
@@ -120,7 +121,7 @@ def make_trainer(
     """Make the trainer for this world; `folder` matters on rank 0, which alone writes."""
     listen_inside(world)
     # no broadcast of buffers before each forward: it would overwrite statistics of subgroups
-    ddp = DDPStrategy(forward_sync_buffers=False, timeout=timedelta(seconds=config.timeout))
+    ddp = DDPStrategy(timeout=timedelta(seconds=config.timeout), **DDP_OPTIONS)
     trainer: L.Trainer = make(
         config.trainer,
         devices=world.local_world_size,

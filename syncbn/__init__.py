@@ -1,5 +1,6 @@
 """Synchronize BatchNorm over processes: any split of the batch, one answer."""
 
+from . import compat as compat  # first: it refuses a torch that is too old
 from . import debug, functional
 from .audit import Audit, AuditRow, audit
 from .batchnorm import SyncBatchNorm

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ddp, debug, functional
 from .autograd import Layer
 from .collectives import GroupSpec, ProcessGroupLike
+from .compat import BatchNorm
 from .debug.names import give_number
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """Normalize with the statistics of the batch on all ranks; equal to ``nn.BatchNorm*d`` on the joined batch.
 
     In training ``y = (x - mean) / sqrt(var + eps) * weight + bias`` with mean and biased variance per channel over

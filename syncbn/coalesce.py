@@ -90,7 +90,7 @@ def _is_watched(layer: SyncBatchNorm) -> bool:
     """Whether a call of the layer does more than its class's forward."""
     if type(layer).forward is not SyncBatchNorm.forward or "forward" in layer.__dict__:
         return True
-    return _has_hooks(layer) or nn_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return _has_hooks(layer) or any(getattr(nn_module, f"_global{hooks}", None) for hooks in _HOOKS)
 
 
 def _has_hooks(module: nn.Module) -> bool:

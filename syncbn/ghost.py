@@ -5,13 +5,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
+from .compat import BatchNorm
 from .kernels.ghost import ghost_batch_norm
 
 
-class GhostBatchNorm(_BatchNorm):
+class GhostBatchNorm(BatchNorm):
     """Normalize ``num_splits`` equal consecutive parts of the batch, each with its own statistics.
 
     In training ``y = (x - mean_s) / sqrt(var_s + eps) * weight + bias``, with mean and biased variance per channel of

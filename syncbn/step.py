@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from . import kernels
 from .collectives import gather_limit
+from .compat import BUILDS_STEP
 from .kernels import build
 
 _SOURCE = Path(__file__).with_name("step.cpp")
@@ -54,7 +55,7 @@ def train(
 def _is_ready() -> bool:
     """Whether the kernels in force are those of this step, and it is there; the first call builds or loads it."""
     choice = kernels.choice()
-    if choice not in ("auto", "fused"):
+    if choice not in ("auto", "fused") or not BUILDS_STEP:
         return False
     if choice not in _asked:
         with _lock:

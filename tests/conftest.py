@@ -4,14 +4,18 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Ranks
+from versions import IS_DEVELOPMENT
 
 import syncbn
 from syncbn import step
 
-OPTIONAL = {
+# Reasons a test may be skipped for: each is listed in tests/README.md.
+OPTIONAL = {  # packages that an environment of `make test-versions` may lack
     "torchvision": "torchvision does not import beside this torch",
     "timm": "timm is not installed",
+    "lightning": "lightning is not installed",
 }
+OF_OLD_TORCH = {"DDP has no forward_sync_buffers before torch 2.13", "torch 2.6 has no fully_shard for the CPU"}
 # No Python packages: they come with the operating system, or do not.
 ANYWHERE = {
     "chromium is not installed",
@@ -19,13 +23,20 @@ ANYWHERE = {
     "no C++ compiler is installed",
     "SLURM is not installed",
 }
-MAY_SKIP = torch.__version__.startswith("2.13.")  # whose CPU build torchvision does not fit; elsewhere both are there
+MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: NCCL, one GPU per rank")
+
+
+def pytest_configure(config):
+    """Let other versions of other packages say what will change in them."""
+    if not IS_DEVELOPMENT:
+        for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::{category}")
 
 
 def pytest_report_header(config):
@@ -79,7 +90,7 @@ def pytest_runtest_call(item):
         cause = error
         while cause is not None:
             package = (getattr(cause, "name", None) or "").split(".")[0]
-            if MAY_SKIP and isinstance(cause, ModuleNotFoundError) and package in OPTIONAL:
+            if isinstance(cause, ModuleNotFoundError) and OPTIONAL.get(package) in MAY_SKIP:
                 pytest.skip(OPTIONAL[package])
             cause = cause.__cause__
         raise
@@ -92,7 +103,7 @@ def pytest_collectreport(report):
 def pytest_runtest_logreport(report):
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = str(report.longrepr[2]).removeprefix("Skipped: ")
-        if not (MAY_SKIP or reason in ANYWHERE) or f"`{reason}`" not in LISTED:
+        if reason not in MAY_SKIP or f"`{reason}`" not in LISTED:
             unlisted.add(f"{report.nodeid}: {reason}")
 
 

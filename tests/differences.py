@@ -7,6 +7,7 @@ import torch
 from machines import Alone, Machine, attempt
 from programs import Do
 from torch import nn
+from versions import torch_norm
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # design.md
 BEYOND = {torch.float64: 1e-14, torch.float32: 3e-7}  # times mean / std, which may exceed 100 here
@@ -137,7 +138,7 @@ class OneProcess(Machine):
         self.scales = {}  # by step and layer
 
     def make(self, norm):
-        return nn.BatchNorm1d(norm.num_features, **norm.options, dtype=torch.float64)
+        return torch_norm(nn.BatchNorm1d, norm.num_features, **norm.options, dtype=torch.float64)
 
     def input(self, call, place):
         return super().input(call, place).double().clone()

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from syncbn.compat import DDP_OPTIONS
 
 GUILTY, STEPS, WHEN = 1, 3, 1  # rank, number of steps, step of the fault
 IN_ORDER = ("norm1", "norm2", "norm3")
@@ -93,7 +94,7 @@ def one_process(world_size, batches=batch, model=Net, usual=step_of):
 
 
 def in_ddp(model, **options):
-    return DistributedDataParallel(syncbn.convert(model), forward_sync_buffers=False, **options)
+    return DistributedDataParallel(syncbn.convert(model), **DDP_OPTIONS, **options)
 
 
 def pair_of(rank):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from programs import Forward, draw, lay_out
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from versions import torch_norm
 
 import syncbn
 from syncbn.batchnorm import forward_coalesced
@@ -133,7 +134,7 @@ class Alone(Machine):
 
     def make(self, norm):
         cls = [nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][len(self.program.tail)]
-        return cls(norm.num_features, **norm.options, dtype=self.program.param_dtype)
+        return torch_norm(cls, norm.num_features, **norm.options, dtype=self.program.param_dtype)
 
     def normalize(self, xs, coalesced):
         return [[attempt(layer, x)] for layer, (x,) in zip(self.layers, xs, strict=True)]

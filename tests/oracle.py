@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import ranks
 import torch
 from torch import nn
+from versions import torch_norm
 
 import syncbn
 
@@ -96,7 +97,7 @@ def initialize(layer, case):
 def truth(case):
     """Run nn.BatchNorm1d in float64 on the values of all ranks, joined as ``(1, C, all values)``."""
     options = {k: v for k, v in case.layer.items() if k != "process_group"}
-    layer = nn.BatchNorm1d(case.num_features, dtype=torch.float64, **options)
+    layer = torch_norm(nn.BatchNorm1d, case.num_features, dtype=torch.float64, **options)
     initialize(layer, replace(case, dtype=torch.float64))
     if layer.weight is not None:  # the same rounding as the layer's own parameters
         layer.weight.data = layer.weight.data.to(case.dtype).double()

@@ -6,16 +6,20 @@ rank's traceback; ranks that do not answer in time are named, and all processes 
 """
 
 import contextlib
+import faulthandler
 import itertools
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 import traceback
 import warnings
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+from versions import IS_DEVELOPMENT, ignore_deprecations
 
 TIMEOUT = 60  # seconds for one call; a compiling test asks for more
 GRACE = 5  # seconds that the others get after the first rank failed
@@ -61,11 +65,15 @@ class Ranks:
             connection.send_bytes(pickle.dumps((rank, *job)))
         results, errors = self._collect(connections, timeout)
         missing = sorted(set(range(world_size)) - results.keys() - errors.keys())
+        stacks = [self._stack(rank) for rank in missing]
         if missing:
             self.close()
         if errors or missing:
             texts = [f"rank {rank} of {world_size} failed:\n{text}" for rank, (_, _, text) in sorted(errors.items())]
-            texts += [f"rank {rank} of {world_size} gave no answer within {timeout} s" for rank in missing]
+            texts += [
+                f"rank {rank} of {world_size} gave no answer within {timeout} s; it is at\n{stack}"
+                for rank, stack in zip(missing, stacks, strict=True)
+            ]
             raise RankError("\n".join(texts), {rank: error[:2] for rank, error in errors.items()})
         return [results[rank] for rank in range(world_size)]
 
@@ -76,9 +84,19 @@ class Ranks:
             process.join()
         self._workers.clear()
 
+    def _stack(self, rank):
+        """Return the Python stacks of a process that gave no answer."""
+        process, path = self._workers[rank][0], self._folder / f"stacks{self._workers[rank][0].pid}"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + GRACE
+        while not path.read_text().endswith("\n") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return path.read_text()
+
     def _start(self):
         ours, theirs = _context.Pipe()
-        process = _context.Process(target=_serve, args=(theirs, self.device), daemon=True)
+        process = _context.Process(target=_serve, args=(theirs, self.device, self._folder), daemon=True)
         process.start()
         theirs.close()
         return process, ours
@@ -102,13 +120,17 @@ class Ranks:
         return results, errors
 
 
-def _serve(connection, device):
+def _serve(connection, device, folder):
     """Answer calls until the connection closes."""
+    stacks = open(folder / f"stacks{os.getpid()}", "w")  # noqa: SIM115  # as long as the process
+    faulthandler.register(signal.SIGUSR1, stacks)
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    if not IS_DEVELOPMENT:
+        ignore_deprecations()
     for message in ("`torch.jit.script", ".*autograd.function.Function.* should not be instantiated"):
         warnings.filterwarnings("ignore", message, DeprecationWarning)  # torch 2.13's own, while it compiles
     warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
@@ -142,4 +164,6 @@ def _call(rank, function, world_size, args, store, timeout, device):
         return function(rank, world_size, *args)
     finally:
         if dist.is_initialized():
+            if torch.__version__.startswith("2.6."):
+                time.sleep(0.02)  # destroying joins gloo's thread, which may need the GIL to let go of a last tensor
             dist.destroy_process_group()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import syncbn
-from syncbn.kernels import build
+from syncbn.kernels import build, compiler
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler is installed"
@@ -49,9 +49,9 @@ def test_the_cache_is_used_until_something_changes(source, home, builds, monkeyp
     assert home.stat().st_mode & 0o777 == 0o700
     source.with_name("number.h").write_text("#define NUMBER 2\n")
     assert build.load(source).number() == 2
-    monkeypatch.setattr(build, "_processor", lambda: "another")
+    monkeypatch.setattr(compiler, "describe_processor", lambda: "another")
     build.load(source)
-    monkeypatch.setenv("CXX", f"{build._compiler()[0]} -DNUMBER_OF=3")
+    monkeypatch.setenv("CXX", f"{compiler.find()[0]} -DNUMBER_OF=3")
     build.load(source)
     assert len(set(builds)) == 4
 
@@ -111,13 +111,13 @@ def test_without_a_cache_each_process_builds_for_itself(source, tmp_path, builds
     assert not Path("relative").exists()
 
 
-def test_a_build_that_fails_is_not_tried_again_for_a_day(source, home, builds):
+def test_what_the_compiler_refuses_is_not_tried_again_for_a_day(source, home, builds):
     source.write_text("nonsense")
     said = r"(?s)expected `.*one\.cpp.*` to succeed, got exit code 1: .*nonsense"
     with pytest.raises(RuntimeError, match=said):
         build.load(source)
     [failed] = home.iterdir()
-    with pytest.raises(RuntimeError, match=f"{said}.*not tried again for a day; remove {failed} to do so"):
+    with pytest.raises(RuntimeError, match=f"{said}.*not tried again for a day; to forget it: rm {failed}"):
         build.load(source)
     assert len(builds) == 1
     long_ago = failed.stat().st_mtime - build._MEMORY - 1
@@ -150,8 +150,8 @@ def test_a_compiler_that_hangs(source, home, monkeypatch, builds, tmp_path):
     code += "'--version' in sys.argv or time.sleep(60)"
     (tmp_path / "hangs.py").write_text(code)
     monkeypatch.setenv("CXX", f"{sys.executable} {tmp_path / 'hangs.py'} {tmp_path / 'pids'}")
-    monkeypatch.setattr(build, "_TIMEOUT", 3)
-    with pytest.raises(subprocess.TimeoutExpired):
+    monkeypatch.setattr(compiler, "TIMEOUT", 3)
+    with pytest.raises(TimeoutError, match="to end within 3 s; it was stopped"):
         build.load(source)
     pids = set((tmp_path / "pids").read_text().split())
     assert len(pids) == 3
@@ -159,9 +159,58 @@ def test_a_compiler_that_hangs(source, home, monkeypatch, builds, tmp_path):
     while any(map(lives, pids)):  # killed, and perhaps not gone so soon
         assert time.monotonic() < end
         time.sleep(0.01)
-    with pytest.raises(RuntimeError, match=r"timed out after 3 seconds.*not tried again for a day"):
-        build.load(source)
-    assert len(builds) == 1
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(build, "_name", lambda *_, name=builds[0]: name)
+    assert build.load(source).number() == 1  # the next process tries again
+    assert [path.name for path in home.iterdir()] == builds[:1]
+
+
+def test_who_waited_for_a_build_that_took_too_long_does_not_wait_again(source, home, builds, monkeypatch):
+    """Ranks that start together would otherwise try one after the other, five minutes each."""
+    name = build._name(source, compiler.command_of(("-std=c++17",)))
+    build._cache()
+
+    @contextlib.contextmanager
+    def alone(folder):
+        (home / name).with_suffix(".timeout").write_text("expected `c++` to end within 300 s; it was stopped")
+        yield
+
+    start = iter([100.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_alone", alone)
+        patch.setattr(build.time, "time", lambda real=time.time: next(start, None) or real())
+        with pytest.raises(TimeoutError, match="it was stopped"):
+            build.load(source)
+    assert builds == []
+    assert build.load(source).number() == 1
+
+
+@pytest.mark.parametrize("how", ["interrupt", "killed", "out of memory", "no space"])
+def test_an_interrupted_build_is_tried_again(source, home, builds, monkeypatch, tmp_path, how):
+    if how == "interrupt":
+        original = subprocess.Popen.communicate
+
+        def interrupted(process, *args, **kwargs):
+            if "-shared" in process.args:
+                raise KeyboardInterrupt
+            return original(process, *args, **kwargs)
+
+        monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+        error = KeyboardInterrupt
+    else:
+        end = {
+            "killed": "os.kill(os.getpid(), 9)",
+            "out of memory": "sys.exit('g++: fatal error: Killed signal terminated program cc1plus')",
+            "no space": "sys.exit('/usr/bin/ld: final link failed: No space left on device')",
+        }[how]
+        (tmp_path / "ends.py").write_text(f"import os, sys\nif '--version' not in sys.argv:\n    {end}\n")
+        monkeypatch.setenv("CXX", f"{sys.executable} {tmp_path / 'ends.py'}")
+        error = RuntimeError
+    for _ in range(2):
+        with pytest.raises(error):
+            build.load(source)
+    assert len(builds) == 2
+    assert list(home.iterdir()) == []  # nothing is remembered
 
 
 def test_a_damaged_library_is_built_anew_and_one_that_never_loads_is_given_up(source, home, builds, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
+from versions import torch_norm
 
 import syncbn
 from syncbn import SyncBatchNorm
@@ -53,7 +54,7 @@ def note(module, args, output):
 
 @pytest.mark.parametrize("cls", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
 def test_a_bare_layer(cls):
-    layer = cls(3, eps=1e-3, momentum=None, bias=False).eval()
+    layer = torch_norm(cls, 3, eps=1e-3, momentum=None, bias=False).eval()
     layer.note = "mine"
     layer.register_forward_hook(note)
     before, original = signature(layer), copy.deepcopy(layer.state_dict())
@@ -277,7 +278,7 @@ def test_without_parameters_and_without_bias():
     assert plain.weight is None
     assert plain(torch.randn(2, 4, 2, 2)).shape == (2, 4, 2, 2)
     assert syncbn.revert(plain).affine is False
-    no_bias = syncbn.convert(nn.BatchNorm2d(4, bias=False), "gn", num_groups=2)
+    no_bias = syncbn.convert(torch_norm(nn.BatchNorm2d, 4, bias=False), "gn", num_groups=2)
     assert no_bias.bias is None
     assert type(syncbn.revert(no_bias)) is nn.BatchNorm2d
 

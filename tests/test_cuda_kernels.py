@@ -12,7 +12,7 @@ from torch.nn.modules._functions import SyncBatchNorm as NativeFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
-from syncbn import collectives, functional, kernels, step
+from syncbn import collectives, compat, functional, kernels, step
 from syncbn.kernels import cuda, reference, selfcheck
 from syncbn.kernels.reference import per_channel, sum_dtype
 
@@ -349,7 +349,7 @@ def traced(call):
 
 def traces_on_a_rank(rank, world_size):
     """Return traces of both layers' training forward and backward, as they would be under NCCL."""
-    gather = dist.all_gather_single
+    gather = compat.all_gather_single
     x, dy, weight, bias = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), torch.ones(3), torch.zeros(3)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     buffers, group = (torch.zeros(3), torch.ones(3)), dist.group.WORLD
@@ -361,7 +361,7 @@ def traces_on_a_rank(rank, world_size):
     with stand_ins(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives.exchange, "gather_limit", lambda *_: 0)
         patch.setattr(dist.ProcessGroup, "_get_backend_name", lambda _: "nccl")
-        patch.setattr(dist, "all_gather_single", lambda out, *args, **kw: gather(out.flatten(), *args, **kw))
+        patch.setattr(dist, gather.__name__, lambda out, *args, **kw: gather(out.flatten(), *args, **kw))
         assert cuda.supports(x)  # the self-check is over
         for name, call in calls.items():
             y, forward = traced(call)

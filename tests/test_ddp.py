@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from versions import ONE_COPY_OF_BUFFERS
 
 import syncbn
+from syncbn.compat import DDP_OPTIONS
 
 
 def net(seed=0):
@@ -38,7 +40,7 @@ def train(rank, world_size, steps, options):
     return model.module.state_dict()
 
 
-@pytest.mark.parametrize("options", [{}, {"forward_sync_buffers": False}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, ONE_COPY_OF_BUFFERS, {"static_graph": True}], ids=str)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_training_equals_one_process(run, world_size, options):
     model = net()
@@ -70,7 +72,7 @@ def subgroup_statistics(rank, world_size, options, only_a_submodule):
     return loaded, mine, model[0][0].running_mean.clone()
 
 
-@pytest.mark.parametrize("options", [{}, {"forward_sync_buffers": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, ONE_COPY_OF_BUFFERS], ids=str)
 @pytest.mark.parametrize("only_a_submodule", [False, True])
 def test_subgroups_keep_their_statistics_and_get_what_rank_0_loaded(run, options, only_a_submodule):
     results = run(subgroup_statistics, 4, options, only_a_submodule)
@@ -86,7 +88,7 @@ def loads_on_rank_0(rank, world_size):
     model = syncbn.convert(net(seed=rank))
     if rank == 0:
         model[1].running_var.fill_(3.0)
-    DistributedDataParallel(model, forward_sync_buffers=False)
+    DistributedDataParallel(model, **DDP_OPTIONS)
     return model[1].running_var
 
 

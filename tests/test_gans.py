@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from versions import ONE_COPY_OF_BUFFERS
 
 import syncbn
 
@@ -115,7 +116,7 @@ def real_then_fake_rank(rank, world_size, sizes, options):
     return model.module.state_dict()
 
 
-@pytest.mark.parametrize("options", [{}, {"forward_sync_buffers": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, ONE_COPY_OF_BUFFERS], ids=str)
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 def test_real_and_fake_in_turn_with_buffer_broadcasts(run, sizes, options):
     """DDP's copy of rank 0's buffers between the forwards changes nothing that backward needs (pytorch#66504)."""

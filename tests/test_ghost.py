@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from versions import torch_norm
 
 import syncbn
 from syncbn.kernels import ghost
@@ -27,7 +28,7 @@ def lay_out(x, layout):
 
 def batchnorm(x, **options):
     cls = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[x.dim()]
-    return cls(x.shape[1], **options)
+    return torch_norm(cls, x.shape[1], **options)
 
 
 def draw(shape, layout="contiguous", dtype=torch.float64, seed=0):

@@ -1,6 +1,7 @@
 """Lightning projects as users write them: layers from every hook, one device and DDP, saved, resumed and tested."""
 
 import copy
+import inspect
 import os
 import pickle
 import warnings
@@ -14,9 +15,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 import syncbn
+from syncbn.compat import DDP_OPTIONS
 from syncbn.lightning import NormConverter, SyncBatchNormLayerSync
 
 SIZE = 24
+
+# Lightning has the argument from 2.6 on.
+SAFE = {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
 
 
 def data():
@@ -83,7 +88,7 @@ def trainer(rank, world_size, path, **options):
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         values |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ |= {k: str(v) for k, v in values.items()}
-        options.setdefault("strategy", DDPStrategy(forward_sync_buffers=False, process_group_backend="gloo"))
+        options.setdefault("strategy", DDPStrategy(process_group_backend="gloo", **DDP_OPTIONS))
     warnings.filterwarnings("ignore", module="lightning")  # hints: workers, log intervals, checkpoint folders
     warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec|lightning|num_workers).*")
     options = {"enable_checkpointing": False} | options
@@ -150,13 +155,13 @@ def save_resume_test(rank, world_size, path):
 
     resumed = Project()
     second = trainer(rank, world_size, path, callbacks=[NormConverter("gn", num_groups=4)])
-    second.fit(resumed, batches, ckpt_path=checkpoint, weights_only=True)
+    second.fit(resumed, batches, ckpt_path=checkpoint, **SAFE)
     assert second.global_step == 4
     assert len(resumed.seen) == 2
 
     tested = Project()
     third = trainer(rank, world_size, path, callbacks=[NormConverter("gn", num_groups=4)])
-    (result,) = third.test(tested, batches, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    (result,) = third.test(tested, batches, ckpt_path=checkpoint, verbose=False, **SAFE)
     torch.testing.assert_close(tested.state_dict(), wanted, rtol=0, atol=0)
     assert type(tested.head[0]) is nn.GroupNorm
     predicted = third.predict(tested, batches)

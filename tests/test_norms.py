@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from versions import torch_norm
 
 import syncbn
 from syncbn.norms import ChannelAffine, FrozenStatistics
@@ -39,7 +40,7 @@ EPS = 0.01
 
 def filled(cls, num_features=6, **options):
     """A layer whose every number differs from its start value."""
-    layer = cls(num_features, eps=EPS, **options)
+    layer = torch_norm(cls, num_features, eps=EPS, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in layer.state_dict().items():

@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncbn
+from syncbn.collectives import exchange
+from syncbn.compat import DDP_OPTIONS
 from syncbn.lightning import NormConverter, PreciseStatistics
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64, another order of summation
@@ -78,14 +80,13 @@ def assert_same_on_all_ranks(results):
 
 
 def count_exchanges(function):
-    calls, originals = [], {name: getattr(dist, name) for name in ("all_reduce", "all_gather_single")}
-    for name, original in originals.items():
-        setattr(dist, name, lambda *args, _of=original, **kwargs: (calls.append(args), _of(*args, **kwargs))[1])
-    try:
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((dist, "all_reduce"), (exchange, "all_gather_single")):
+            original = getattr(module, name)
+            count = lambda *args, _of=original, **kwargs: (calls.append(args), _of(*args, **kwargs))[1]  # noqa: E731
+            patch.setattr(module, name, count)
         function()
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
     return len(calls)
 
 
@@ -410,7 +411,7 @@ def fit(rank, world_size, path, callbacks, module=None, **options):
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         values |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ |= {k: str(v) for k, v in values.items()}
-        options["strategy"] = DDPStrategy(forward_sync_buffers=False, process_group_backend="gloo")
+        options["strategy"] = DDPStrategy(process_group_backend="gloo", **DDP_OPTIONS)
     module = module or Project()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")  # hints: workers, log intervals, checkpoint folders

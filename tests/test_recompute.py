@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import syncbn
 
+# A private name, which torch 2.6 lacks: the exchange is repeated.
+FINDS_THE_CHECKPOINT = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+
 
 def net(seed=0):
     torch.manual_seed(seed)
@@ -115,7 +118,7 @@ def compare_steps(rank, world_size, case, options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_non_reentrant(run, case):
-    repeats = case in ("nested", "offloaded")
+    repeats = case in ("nested", "offloaded") or not FINDS_THE_CHECKPOINT
     for counts in run(compare_steps, 2, case, {"use_reentrant": False}):
         for count, again in counts:
             assert again == count if not repeats else again >= count
@@ -141,7 +144,8 @@ def early_stop_off(rank, world_size):
 
 
 def test_without_early_stop(run):
-    assert all(again == count for counts in run(early_stop_off, 2) for count, again in counts)
+    for counts in run(early_stop_off, 2):
+        assert all(again == count if FINDS_THE_CHECKPOINT else again > count for count, again in counts)
 
 
 def test_selective_on_one_process(run):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from syncbn.compat import DDP_OPTIONS
 from syncbn.experiment.batches import BatchPlan
 from syncbn.experiment.exactness import check_exact
 from syncbn.experiment.nets import ResNet8
@@ -94,7 +95,7 @@ def train_rank(rank, world_size, model, arm, accumulate, per_rank):
     """Train one real rank with DDP; returns its parameters and buffers."""
     plan = BatchPlan(per_rank, world_size, accumulate)
     task = make(model, arm)
-    wrapped = DistributedDataParallel(task, forward_sync_buffers=False)
+    wrapped = DistributedDataParallel(task, **DDP_OPTIONS)
     optimizer = torch.optim.SGD(task.parameters(), 0.1, 0.9)
     for images, labels in zip(*draw(plan), strict=True):
         for indices in plan.deal(torch.arange(plan.global_batch_size), rank):

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
 
+from syncbn.compat import DDP_OPTIONS
 from syncbn.experiment.batches import Draw, World
 from syncbn.experiment.data import ImageData, ImageSet, Splits
 from syncbn.experiment.known_warnings import ignore_known_warnings
@@ -97,7 +98,7 @@ def train_and_test(rank, world_size, per_pixel, num_eval, accumulate):
             trainer = L.Trainer(
                 accelerator="cpu",
                 devices=world_size,
-                strategy=DDPStrategy(forward_sync_buffers=False),
+                strategy=DDPStrategy(**DDP_OPTIONS),
                 plugins=[TorchElasticEnvironment()],
                 max_epochs=2,
                 accumulate_grad_batches=accumulate,

@@ -1,9 +1,13 @@
 """One sum over the ranks of a process group: which collective does it, and how it is started and awaited."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from ..compat import all_gather_single, functional_all_gather
 
 
 def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
@@ -13,11 +17,22 @@ def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
     ``packed`` may be overwritten.
     """
     if packed.requires_grad:
-        from torch.distributed import _functional_collectives as functional
-
-        summed: Tensor = functional.wait_tensor(functional.all_reduce(packed, "sum", group))  # type: ignore[no-untyped-call]
+        summed: Tensor = _Sum.apply(packed, group)
         return summed
     return Exchange(packed, group).wait()
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the ranks, whose gradient is the sum over the ranks of the gradients: each rank uses the result."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return Exchange(packed.clone(), group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(dy, ctx.group), None
 
 
 class Exchange:
@@ -30,17 +45,18 @@ class Exchange:
 
     def __init__(self, packed: Tensor, group: ProcessGroup) -> None:
         self.work, self.shape = None, (group.size(), packed.numel())
-        self.gathers = packed.numel() <= gather_limit(group, packed.is_cpu)
+        is_cpu = packed.device.type == "cpu"  # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
+        self.gathers = packed.numel() <= gather_limit(group, is_cpu)
         if torch.compiler.is_compiling():
-            from torch.distributed import _functional_collectives as functional
-
             if self.gathers:
-                self.result = functional.all_gather_single(packed, 0, group)
+                self.result = functional_all_gather(packed, group)
             else:
+                from torch.distributed import _functional_collectives as functional
+
                 self.result = functional.all_reduce(packed, "sum", group)
         elif self.gathers:
             self.result = packed.new_empty(group.size() * packed.numel())  # flat, as gloo wants it
-            self.work = dist.all_gather_single(self.result, packed, group, async_op=True)
+            self.work = all_gather_single(self.result, packed, group, async_op=True)
         else:
             self.result = packed
             self.work = dist.all_reduce(packed, group=group, async_op=True)

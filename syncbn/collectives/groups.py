@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..compat import all_gather_single
+
 ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
 
+_BY_SIZE_OR_NAME = (int, str)  # groups that are made here; a tuple, as torch 2.6 traces no `int | str`
 _IS_AVAILABLE = dist.is_available()
 _declared: "weakref.WeakValueDictionary[int | str, GroupSpec]" = weakref.WeakValueDictionary()  # those in use
 _made: dict[int | str, ProcessGroup | ValueError | None] = {}
@@ -44,12 +47,12 @@ class GroupSpec:
     def __new__(cls, value: ProcessGroupLike) -> "GroupSpec":
         """Return the one spec of an int or "node", so that it is declared as long as any layer has it."""
         _check_spec(value)
-        spec = _declared.get(value) if isinstance(value, int | str) else None
+        spec = _declared.get(value) if isinstance(value, _BY_SIZE_OR_NAME) else None
         if spec is None:
             spec = super().__new__(cls)
             spec.value = value
             spec.ranks = tuple(dist.get_process_group_ranks(value)) if isinstance(value, ProcessGroup) else None
-            if isinstance(value, int | str):
+            if isinstance(value, _BY_SIZE_OR_NAME):
                 _declared[value] = spec
         return spec
 
@@ -68,16 +71,15 @@ class GroupSpec:
             ValueError: If an int does not divide the world size; if the process group is gone, or, after unpickling,
                 no group of its ranks exists.
         """
-        world = dist.group.WORLD if _IS_AVAILABLE else None
-        if world is None:
+        if not (_IS_AVAILABLE and dist.is_initialized()):  # torch 2.6 does not trace `dist.group.WORLD is None`
             return None
         if self.ranks is not None:
             group = self.value if isinstance(self.value, ProcessGroup) else None
             if group is None or not (torch.compiler.is_compiling() or group in dist.distributed_c10d._world.pg_map):
                 group = _find_group(self.ranks)
         elif self.value is None:
-            group = world
-        elif isinstance(self.value, int | str):
+            group = dist.group.WORLD
+        elif isinstance(self.value, _BY_SIZE_OR_NAME):
             group = _made_group(self.value)
         else:
             assert isinstance(self.value, DeviceMesh)
@@ -115,7 +117,7 @@ def make_groups(specs: Iterable[GroupSpec]) -> None:
     Raises:
         ValueError: If an int does not divide the world size.
     """
-    values = {spec.value for spec in specs if isinstance(spec.value, int | str)}
+    values = {spec.value for spec in specs if isinstance(spec.value, _BY_SIZE_OR_NAME)}
     if not (values and dist.is_available() and dist.is_initialized()):
         return
     if not _is_made(values):
@@ -148,7 +150,7 @@ def _check_spec(value: ProcessGroupLike) -> None:
         )
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return
-    if not (value is None or value == "node" or isinstance(value, ProcessGroup | DeviceMesh)):
+    if not (value is None or value == "node" or isinstance(value, (ProcessGroup, DeviceMesh))):
         raise ValueError(
             "process_group: expected None (all ranks), a number of consecutive ranks (1 or more), 'node', "
             f"a ProcessGroup or a DeviceMesh, got {value!r}."
@@ -190,10 +192,10 @@ def _gather_json(mine: Any) -> list[Any]:
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     text = torch.tensor(list(json.dumps(mine).encode()), dtype=torch.uint8, device=device)
     sizes = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
-    dist.all_gather_single(sizes, torch.tensor([len(text)], device=device))
+    all_gather_single(sizes, torch.tensor([len(text)], device=device))
     longest = int(sizes.max())
     texts = text.new_empty(len(sizes) * longest)
-    dist.all_gather_single(texts, F.pad(text, (0, longest - len(text))))
+    all_gather_single(texts, F.pad(text, (0, longest - len(text))))
     rows = zip(texts.view(-1, longest).tolist(), sizes.tolist(), strict=True)
     return [json.loads(bytes(row[:size])) for row, size in rows]
 

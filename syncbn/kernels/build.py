@@ -3,19 +3,18 @@
 import ctypes
 import hashlib
 import logging
+import math
 import os
-import platform
 import shlex
-import shutil
-import signal
 import stat
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+from . import compiler
 
 fcntl: ModuleType | None
 try:
@@ -23,11 +22,7 @@ try:
 except ImportError:  # Windows: every process builds for itself
     fcntl = None
 
-_TIMEOUT = 300  # seconds
-_MEMORY = 24 * 3600  # seconds for which a build that failed is not tried again
-_FLAGS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
-if platform.system() == "Linux":
-    _FLAGS += ("-Wl,-Bsymbolic", "-Wl,--no-as-needed")  # names of our own first; libraries named before the source
+_MEMORY = 24 * 3600  # seconds for which source that the compiler refused is not tried again
 
 
 def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str = "") -> ctypes.CDLL:
@@ -36,7 +31,8 @@ def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str 
     The compiler is the command in ``CXX``, else c++, g++ or clang++. The cache is ``syncbn/kernels`` in
     ``$XDG_CACHE_HOME`` or ``~/.cache``; where that cannot be written, every process builds for itself. A library is
     named after what it depends on, its processor too, and put in its place at once. Of processes that start together
-    one builds, and the others wait for it. A build that failed is not tried again for a day.
+    one builds, and the others wait for it. What the compiler refuses is not tried again for a day; a build that was
+    interrupted, killed or took too long is tried again by the next process that starts.
 
     Args:
         source: The C++ file.
@@ -46,11 +42,11 @@ def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str 
     Raises:
         FileNotFoundError: If there is no compiler.
         PermissionError: If others could have put a library into the cache.
-        RuntimeError: If the compiler fails, or did so within the last day.
+        RuntimeError: If the compiler fails, or refused the source within the last day.
         OSError: If the library cannot be loaded.
-        subprocess.TimeoutExpired: If the compiler takes longer than five minutes.
+        TimeoutError: If the compiler takes longer than five minutes.
     """
-    command = _command(more_flags)
+    command = compiler.command_of(more_flags)
     name, folder = _name(source, command), _cache()
     if folder is not None:
         library = folder / name
@@ -62,7 +58,7 @@ def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str 
             except OSError as error:
                 problem = error
         if notice:  # too long for every process; the folder's system runs nothing, or the library misses something
-            library.with_suffix(".failed").write_text(f"expected {library} to load, got {problem}")
+            _refusal(library).write_text(f"expected {library} to load, got {problem}")
             raise OSError(f"expected {library} to load, got {problem}") from problem
     with tempfile.TemporaryDirectory(prefix="syncbn-", ignore_cleanup_errors=True) as private:
         return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
@@ -73,28 +69,14 @@ def keeps() -> bool:
     return _cache() is not None
 
 
-def _command(more_flags: Sequence[str]) -> list[str]:
-    tuning = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    return [*_compiler(), *_FLAGS, *more_flags, tuning]
-
-
 def _name(source: Path, command: list[str]) -> str:
     """Name the library after what it depends on: the sources beside and below, the command and the processor."""
     texts = [
         path.read_text()
         for path in (source, *sorted(source.parent.rglob("*.cpp")), *sorted(source.parent.rglob("*.h")))
     ]
-    depends_on = [*texts, *command, _run([*_compiler(), "--version"]), _processor()]
+    depends_on = [*texts, *command, compiler.run([*compiler.find(), "--version"]), compiler.describe_processor()]
     return f"{source.stem}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]}.so"
-
-
-def _compiler() -> list[str]:
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
-    for name in ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    raise FileNotFoundError("expected a C++ compiler (c++, g++ or clang++) on PATH, or in CXX, found none")
 
 
 @contextmanager
@@ -113,79 +95,58 @@ def _find_or_build(command: list[str], source: Path, library: Path, notice: str,
     """Return the library in the cache, after a build if it is not there, or if it is the one that had a problem."""
     damaged = library.stat().st_ino if problem is not None and library.exists() else None
     if damaged is not None or not library.exists():
+        start = time.time()
         with _alone(library.parent):
             if damaged is not None and library.exists() and library.stat().st_ino == damaged:
                 library.unlink()
             if not library.exists():
-                _build_once(command, source, library, notice)
+                _build_once(command, source, library, notice, start)
     _refuse_foreign(library)
     return library
 
 
-def _build_once(command: list[str], source: Path, library: Path, notice: str) -> None:
-    """Build, but not again what failed within the last day: other processes need not wait for the same end."""
-    failed = library.with_suffix(".failed")
-    if failed.exists() and time.time() - failed.stat().st_mtime < _MEMORY:
-        raise RuntimeError(f"{failed.read_text()} (not tried again for a day; remove {failed} to do so)")
+def _build_once(command: list[str], source: Path, library: Path, notice: str, start: float) -> None:
+    """Build, but not what the compiler has refused, nor what took too long while this process waited for it."""
+    refusal, timeout = _refusal(library), library.with_suffix(".timeout")
+    if _age(refusal) < _MEMORY:
+        raise RuntimeError(
+            f"{refusal.read_text()} (not tried again for a day; to forget it: rm {shlex.quote(str(refusal))})"
+        )
+    if _age(timeout) < time.time() - start:
+        raise TimeoutError(timeout.read_text())
     if notice:
         logging.getLogger("syncbn").warning("%s", notice)
     try:
         _build(command, source, library)
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        failed.write_text(str(error))
+    except compiler.RefusedError as error:
+        refusal.write_text(str(error))
         raise
-    failed.unlink(missing_ok=True)
+    except TimeoutError as error:
+        timeout.write_text(str(error))
+        raise
+    for path in (refusal, timeout):
+        path.unlink(missing_ok=True)
+
+
+def _refusal(library: Path) -> Path:
+    """Name the file that keeps what the compiler said when it refused the source."""
+    return library.with_suffix(".refused")
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime if path.exists() else math.inf
 
 
 def _build(command: list[str], source: Path, library: Path) -> Path:
     handle, partial = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        _run([*command, str(source), "-o", partial])
+        compiler.run([*command, str(source), "-o", partial])
         os.chmod(partial, 0o700)
         os.replace(partial, library)
     finally:
         Path(partial).unlink(missing_ok=True)
     return library
-
-
-def _run(command: list[str]) -> str:
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=_TIMEOUT)
-        except BaseException:
-            _end(process)
-            raise
-    if process.returncode:
-        said = errors.strip()[-1000:]
-        raise RuntimeError(f"expected `{shlex.join(command)}` to succeed, got exit code {process.returncode}: {said}")
-    return output
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    """End a compiler, which works by processes of its own."""
-    if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-
-
-def _processor() -> str:
-    """Describe the processor, for which the library is built: homes are shared between machines."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        first = []
-    return "\n".join(
-        [platform.machine(), *(row for row in first if row.startswith(("model", "flags", "CPU", "Feat")))]
-    )
 
 
 def _cache() -> Path | None:

@@ -9,8 +9,9 @@ not paged in anew.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..compat import cast
 
 _ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -59,7 +60,8 @@ def input_gradient(
     both float64.
     """
     scale, slope, constant = backward_plane(mean, invstd, weight, sums, count)
-    return _affine(x.to(mean.dtype), slope, constant).addcmul_(dy, per_channel(scale, x)).to(x.dtype)
+    dx = _affine(cast(x, mean.dtype), slope, constant).addcmul_(dy, per_channel(scale, x))
+    return cast(dx, x.dtype)
 
 
 def forward_line(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,7 @@ def forward_line(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tens
     The constant has the slope as it was rounded, so that the error of y stays below ``3e-7 * mean/std`` in float32.
     """
     slope = invstd if weight is None else invstd * weight
-    return slope, -mean * slope if bias is None else torch.addcmul(bias.to(mean.dtype), mean, slope, value=-1)
+    return slope, -mean * slope if bias is None else torch.addcmul(cast(bias, mean.dtype), mean, slope, value=-1)
 
 
 def backward_plane(
@@ -94,9 +96,10 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 def _affine(x: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
     """Compute ``slope * x + constant`` in one pass."""
     if torch.compiler.is_compiling() or (slope.dtype == x.dtype and x.stride(1) == 1):  # vectorized over channels
-        return torch.addcmul(per_channel(constant, x), x, per_channel(slope, x)).to(x.dtype)
+        return cast(torch.addcmul(per_channel(constant, x), x, per_channel(slope, x)), x.dtype)
     zero, one = torch.zeros_like(slope), torch.ones_like(slope)
-    return F.batch_norm(x, zero, one, slope, constant, False, 0.0, 0.0)  # eval: one pass over rows
+    # eval mode: one pass over rows; F.batch_norm refuses an eps of 0 before torch 2.13
+    return torch.batch_norm(x, slope, constant, zero, one, False, 0.0, 0.0, False)
 
 
 def _reduced_dims(x: Tensor) -> list[int]:

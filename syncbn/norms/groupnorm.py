@@ -20,4 +20,7 @@ def groupnorm(layer: _BatchNorm, num_groups: int = 32) -> nn.Module:
     if not layer.affine:
         return nn.GroupNorm(num_groups, channels, layer.eps, affine=False)
     device, dtype = layer.weight.device, layer.weight.dtype
-    return nn.GroupNorm(num_groups, channels, layer.eps, True, device, dtype, bias=layer.bias is not None)
+    norm = nn.GroupNorm(num_groups, channels, layer.eps, True, device, dtype)
+    if layer._parameters["bias"] is None:  # torch has a keyword for it from 2.13 on
+        norm.register_parameter("bias", None)
+    return norm

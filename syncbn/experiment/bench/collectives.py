@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import use_kernels
+from syncbn.compat import all_gather_single
 from syncbn.experiment import nets
 from syncbn.experiment.bench import ranks, timing
 from syncbn.experiment.bench.contenders import CONTENDERS
@@ -117,7 +118,7 @@ def _ways(num: int, device: str) -> dict[str, Callable[[], object]]:
 
     def all_gather() -> None:
         for _ in range(NUM_CALLS):
-            dist.all_gather_single(gathered, packed)
+            all_gather_single(gathered, packed)
             gathered.view(-1, num).sum(0)
 
     return {"all_reduce": all_reduce, "all_gather": all_gather}

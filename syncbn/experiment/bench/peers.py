@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.compat import all_gather_single
+
 
 class BareBatchNorm(_BatchNorm):
     """Normalize as nn.BatchNorm does, per rank, and all-reduce as many numbers as SyncBatchNorm, where it does.
@@ -122,7 +124,7 @@ class _Gather(torch.autograd.Function):
         count = mean.new_full((1,), x.numel() // x.shape[1])
         combined = torch.cat([mean, torch.rsqrt(var + eps), count])  # (2C + 1,)
         gathered = combined.new_empty(dist.get_world_size() * len(combined))
-        dist.all_gather_single(gathered, combined)
+        all_gather_single(gathered, combined)
         gathered = gathered.view(-1, len(combined))
         mean, var, counts = _merge(gathered[gathered[:, -1] >= 1], eps)
         invstd = torch.rsqrt(var + eps)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
+from syncbn.compat import all_gather_single
 from syncbn.experiment.bench import timing
 from syncbn.experiment.bench.model import Exchange
 from syncbn.experiment.bench.network import enter, interface
@@ -110,7 +111,7 @@ def _collectives(num_features: int, group: ProcessGroup) -> dict[str, Callable[[
     gathered = packed.new_empty(len(packed) * dist.get_world_size())
     return {
         "all_reduce": lambda: dist.all_reduce(packed, group=group),
-        "all_gather": lambda: dist.all_gather_single(gathered, packed, group=group),
+        "all_gather": lambda: all_gather_single(gathered, packed, group=group),
     }
 
 

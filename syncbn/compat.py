@@ -1,0 +1,76 @@
+"""What differs between the versions of torch that syncbn supports; each entry names the versions that need it."""
+
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import init
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+TESTED = "2.6.0 to 2.15.0"
+
+
+def check_version(version: str) -> tuple[int, int]:
+    """Return major and minor number of a version of torch.
+
+    Raises:
+        ImportError: For one that is too old, with the versions that work.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    major, minor = (int(found[1]), int(found[2])) if found is not None else (2, 6)
+    if (major, minor) < (2, 6):
+        raise ImportError(
+            f"syncbn needs torch 2.6 or later (tested with {TESTED}), got torch {version}; "
+            "upgrade it: pip install 'torch>=2.6'"
+        )
+    return major, minor
+
+
+_version = check_version(torch.__version__)
+
+# Before torch 2.13: another name, which is deprecated in newer versions.
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+# Before torch 2.13: DDP cannot be told to copy the buffers at construction and not before every forward pass.
+HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in DistributedDataParallel.__init__.__code__.co_varnames
+DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers": False} if HAS_FORWARD_SYNC_BUFFERS else {}
+
+# Before torch 2.13: headers that step.cpp was not written for.
+BUILDS_STEP = _version >= (2, 13)
+
+
+def functional_all_gather(packed: Tensor, group: Any) -> Tensor:
+    """Gather in a graph of torch.compile. Before torch 2.13: the operator, as 2.6 traces no assertion in backward."""
+    from torch.distributed import _functional_collectives as functional
+
+    gather: Any = getattr(functional, "all_gather_single", None)
+    if gather is None:
+        started = torch.ops._c10d_functional.all_gather_into_tensor(packed, group.size(), group.group_name)
+        return functional.wait_tensor(started)  # type: ignore[no-any-return, no-untyped-call]
+    gathered: Tensor = gather(packed, 0, group)
+    return gathered
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to ``dtype``. torch 2.11: a conversion to the same one makes gradients of compiled Functions zero."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+class BatchNorm(_BatchNorm):
+    """Have the argument ``bias``. Before torch 2.13: torch's own class lacks it."""
+
+    def __init__(self, *args: Any, bias: bool = True) -> None:
+        super().__init__(*args)
+        if not bias:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Reset parameters and statistics, as torch does."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)

@@ -1,0 +1,93 @@
+"""The system's C++ compiler: how it is found, called, bounded in time, and ended."""
+
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+TIMEOUT = 300  # seconds
+# What compilers and linkers print when not the source but the machine was at fault.
+_OF_THE_MACHINE = ("signal terminated program", "unable to execute command", "no space left", "cannot allocate memory")
+_FLAGS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+if platform.system() == "Linux":
+    _FLAGS += ("-Wl,-Bsymbolic", "-Wl,--no-as-needed")  # names of our own first; libraries named before the source
+
+
+class RefusedError(RuntimeError):
+    """The compiler's own error, which would come again."""
+
+
+def command_of(more_flags: Sequence[str]) -> list[str]:
+    """Return the command that compiles for this processor, without the source."""
+    tuning = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return [*find(), *_FLAGS, *more_flags, tuning]
+
+
+def find() -> list[str]:
+    """Return the command of the compiler: ``CXX``, else c++, g++ or clang++.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise FileNotFoundError("expected a C++ compiler (c++, g++ or clang++) on PATH, or in CXX, found none")
+
+
+def run(command: list[str]) -> str:
+    """Run a compiler, and return what it prints.
+
+    Raises:
+        RefusedError: If it ends with an error of its own, which would come again.
+        RuntimeError: If it was killed, or lacked memory or disk.
+        TimeoutError: If it took longer than `TIMEOUT` seconds.
+    """
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            raise TimeoutError(f"expected `{shlex.join(command)}` to end within {TIMEOUT} s; it was stopped") from None
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode:
+        said = errors.strip()[-1000:]
+        message = f"expected `{shlex.join(command)}` to succeed, got exit code {process.returncode}: {said}"
+        is_refused = process.returncode > 0 and not any(text in errors.lower() for text in _OF_THE_MACHINE)
+        raise (RefusedError if is_refused else RuntimeError)(message)
+    return output
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a compiler, which works by processes of its own."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
+def describe_processor() -> str:
+    """Describe the processor, for which the library is built: homes are shared between machines."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        first = []
+    return "\n".join(
+        [platform.machine(), *(row for row in first if row.startswith(("model", "flags", "CPU", "Feat")))]
+    )
