@@ -1,9 +1,11 @@
-# make train | compare | test | test-slow | test-nodes: each sets up .venv by itself; a second call does not install again.
+# make train | compare | test | test-slow | test-versions | test-nodes | gpu-check: each sets up .venv by itself; a second
+# call does not install again.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+LONGER := --timeout 900 -o faulthandler_timeout=960
 
-.PHONY: setup train compare test test-slow test-nodes
+.PHONY: setup train compare test test-slow test-versions test-nodes gpu-check
 setup: $(READY)
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -24,8 +26,16 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not nodes"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(LONGER)
+
+# Other versions of torch and Python, each in an environment of its own: it needs these versions of Python, and some 30 GB.
+test-versions: $(READY)
+	$(BIN)/nox
 
 # Linux and root; it says first what else is missing, and installs nothing.
 test-nodes: $(READY)
-	$(BIN)/python -m pytest -m nodes
+	$(BIN)/python -m pytest -m nodes $(LONGER)
+
+# Without this environment, where torch is: python launch/gpu_check.py
+gpu-check: $(READY)
+	$(BIN)/python launch/gpu_check.py

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import hydra
 import lightning as L
-import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -34,7 +33,7 @@ from omegaconf import DictConfig
 
 import syncbn
 from syncbn.compat import DDP_OPTIONS
-from syncbn.experiment import arms, cell, home, nets, report
+from syncbn.experiment import arms, cell, home, memory_format, nets, report
 from syncbn.experiment.batches import World
 from syncbn.experiment.checkpoints import WholeFiles
 from syncbn.experiment.data import ImageData
@@ -60,7 +59,10 @@ def build(config: DictConfig, world: World) -> tuple[ImageData, Task]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     example = data.example()
     net = make(config.model, num_classes=data.num_classes, in_channels=example.shape[1])
-    net.to(memory_format=torch.channels_last)
+    data.memory_format, note = memory_format.choose(net, config.trainer.get("accelerator", "auto"))
+    net.to(memory_format=data.memory_format)
+    if note and world.rank == 0:
+        print(note)
     size = data.plan.global_batch_size
     task: Task = make(config.task, net, data.num_classes, global_batch_size=size, seed=config.seed)
     task.check_labels(data.splits.train.labels)

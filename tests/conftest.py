@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Ranks
-from versions import IS_DEVELOPMENT
+from versions import IS_DEVELOPMENT, MAY_WARN
 
 import syncbn
 from syncbn import step
@@ -35,8 +35,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Let other versions of other packages say what will change in them."""
     if not IS_DEVELOPMENT:
-        for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
-            config.addinivalue_line("filterwarnings", f"ignore::{category}")
+        for line in MAY_WARN:
+            config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_report_header(config):

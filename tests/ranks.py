@@ -5,6 +5,7 @@ returned. The function must stand at the top level of a test module. An error on
 rank's traceback; ranks that do not answer in time are named, and all processes are replaced.
 """
 
+import builtins
 import contextlib
 import faulthandler
 import itertools
@@ -19,7 +20,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from versions import IS_DEVELOPMENT, ignore_deprecations
+from versions import IS_DEVELOPMENT, MAY_WARN
 
 TIMEOUT = 60  # seconds for one call; a compiling test asks for more
 GRACE = 5  # seconds that the others get after the first rank failed
@@ -129,8 +130,9 @@ def _serve(connection, device, folder):
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    if not IS_DEVELOPMENT:
-        ignore_deprecations()
+    for line in () if IS_DEVELOPMENT else MAY_WARN:
+        action, message, category = line.split(":")
+        warnings.filterwarnings(action, message, getattr(builtins, category))
     for message in ("`torch.jit.script", ".*autograd.function.Function.* should not be instantiated"):
         warnings.filterwarnings("ignore", message, DeprecationWarning)  # torch 2.13's own, while it compiles
     warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")

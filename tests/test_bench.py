@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SYNCHRONIZED = ["native", "reference", "composed", "gather"]
 TINY = [
     "layer.contenders=[plain,native,composed,floor]", "layer.shapes=[[2,3,4,4],[8,3]]", "layer.rounds=2",
-    "model=resnet8", "model.width=4", "step.contenders=[plain,bare,native,gather]", "step.image_size=8",
+    "model=resnet8", "model.width=8", "step.contenders=[plain,bare,native,gather]", "step.image_size=8",
     "step.rounds=2", "collectives.archs=[resnet18]", "collectives.image_size=32", "collectives.numbers=[9]",
     "collectives.world_sizes=[2]", "collectives.rounds=2", "memory.contenders=[plain,native]",
     "memory.shapes=[[2,3,4,4]]", "memory.step_contenders=[native]", "memory.arch=resnet18",

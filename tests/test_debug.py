@@ -416,6 +416,7 @@ def test_an_error_of_an_exchange_says_where(run, direction, kernels):
 def remake(rank, world_size, path):
     """Two worlds on one store; the second must not read the rows of the first."""
     model = syncbn.convert(Net())
+    dist.barrier()  # all are connected
     dist.destroy_process_group()
     for world in range(2):
         store = dist.PrefixStore(f"world{world}", dist.FileStore(path, world_size))
@@ -439,6 +440,7 @@ def test_a_process_group_made_anew_on_the_same_store(run, tmp_path):
 def remake_after_use_by_one(rank, world_size, path):
     """In the first world rank 0 alone ran in eval mode under the check."""
     model, real = syncbn.convert(Net()), board_module._default_store
+    dist.barrier()  # all are connected
     dist.destroy_process_group()
     board_module._default_store = lambda: dist.FileStore(path, world_size)
     try:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from syncbn.experiment.batches import BatchPlan, Draw, World
 from syncbn.experiment.evaluate import MODES, NUM_PRECISE
 
-SIZES = ["data.num_train=200", "data.num_val=0", "data.num_test=60", "model.width=4"]
+SIZES = ["data.num_train=200", "data.num_val=0", "data.num_test=60", "model.width=8"]
 FLOAT64 = [*SIZES, "trainer.precision=64-true", "trainer.max_epochs=1", "trainer.log_every_n_steps=1"]
 ALL = f"evaluate=[{','.join(MODES)}]"
 

@@ -31,6 +31,8 @@ def on_threads(world_size, function):
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
     results, errors, store = [None] * world_size, [], dist.HashStore()
+    if not hasattr(threaded.ThreadLocalWorld, "comms"):  # which torch 2.11 asks for, and does not give
+        threaded.ThreadLocalWorld.comms = []
 
     def serve(rank):
         try:

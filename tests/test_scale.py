@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 DELAY = 5  # ms
 LINK = Link(overhead=50e-6, latency=200e-6, per_byte=2e-9)
 TINY = [
-    "model=resnet8", "model.width=4", "timeout=60", "scale.num_features=[3]", "scale.image_size=8", "scale.rounds=2",
+    "model=resnet8", "model.width=8", "timeout=60", "scale.num_features=[3]", "scale.image_size=8", "scale.rounds=2",
     "scale.world_sizes=[1,2]", "scale.hosts=[2]", f"scale.delays_ms=[0,{DELAY}]", "scale.num_devices=[8]",
 ]  # fmt: skip
 

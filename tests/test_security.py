@@ -146,9 +146,9 @@ def png_that_claims(width, height):
 @pytest.mark.parametrize("width", [8_193, 2**30], ids=["beyond the limit", "beyond the limit of Pillow"])
 def test_a_decompression_bomb_is_an_error_that_names_the_file(tmp_path, width):
     images = folder_with(tmp_path, png_that_claims(width, 8_192))
-    with pytest.raises((ValueError, Image.DecompressionBombError), match=r"pixels|DecompressionBomb|limit") as error:
+    path = tmp_path / "train" / "cat" / "a.png"
+    with pytest.raises(ValueError, match=rf"cannot read {path}: .*(pixels|DecompressionBomb|limit)"):
         images[0]
-    assert error.value.__notes__ == [f"while reading {tmp_path / 'train' / 'cat' / 'a.png'}"]
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])

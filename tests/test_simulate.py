@@ -56,7 +56,7 @@ class PerPatch(nn.Module):
         return self.head(F.relu(rows).mean(1 if self.images_first else 0))
 
 
-MODELS = {"resnet": partial(ResNet8, CLASSES, width=4), "shared": Shared, "patches": PerPatch}
+MODELS = {"resnet": partial(ResNet8, CLASSES, width=8), "shared": Shared, "patches": PerPatch}
 ARMS = {
     "bn": ("bn", {}),
     "syncbn": ("syncbn", {}),
@@ -139,10 +139,10 @@ def test_the_ranks_and_their_simulation_agree(run, model, arm):
 
 
 def test_nodes_are_groups_of_their_size():
-    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group="node")
+    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=8), CLASSES), process_group="node")
     simulate(task, BatchPlan(2, 8), node_size=4)
     assert {layer.num_splits for layer in task.modules() if isinstance(layer, SimulatedBatchNorm)} == {2}
-    whole = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group="node")
+    whole = syncbn.convert(Classifier(ResNet8(CLASSES, width=8), CLASSES), process_group="node")
     simulate(whole, BatchPlan(2, 8))
     assert {layer.num_splits for layer in whole.modules() if isinstance(layer, SimulatedBatchNorm)} == {1}
 
@@ -204,11 +204,11 @@ def test_a_users_batchnorm_with_its_own_forward_is_not_taken_for_a_plain_one():
 
     plan = BatchPlan(2, 4)
     images, labels = draw(plan)
-    own = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), Half)
+    own = syncbn.convert(Classifier(ResNet8(CLASSES, width=8), CLASSES), Half)
     simulate(own, plan)
     with pytest.raises(ValueError, match="use engine=torchrun"):
         check_exact(own, (images[0].float(), labels[0]), plan)
-    small = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), Small)
+    small = syncbn.convert(Classifier(ResNet8(CLASSES, width=8), CLASSES), Small)
     simulate(small, plan)
     check_exact(small, (images[0].float(), labels[0]), plan)
     assert isinstance(small.net[1], SimulatedBatchNorm)
@@ -305,11 +305,11 @@ def test_rows_in_another_order_are_refused(arm):
 
 def test_a_segmentation_net_and_one_value_per_image():
     plan = BatchPlan(1, 4)
-    task = syncbn.convert(Classifier(UNet(CLASSES, 3, width=4), CLASSES))  # its bottom has one value per image
+    task = syncbn.convert(Classifier(UNet(CLASSES, 3, width=8), CLASSES))  # its bottom has one value per image
     simulate(task, plan)
     labels = torch.zeros(4, 8, 8, dtype=torch.int64)
     check_exact(task, (draw(plan)[0][0].float(), labels), plan)
-    plain = Classifier(UNet(CLASSES, 3, width=4), CLASSES)
+    plain = Classifier(UNet(CLASSES, 3, width=8), CLASSES)
     simulate(plain, plan)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         plain.train()(draw(plan)[0][0].float())
@@ -318,17 +318,17 @@ def test_a_segmentation_net_and_one_value_per_image():
 def test_another_number_of_rows_later_is_refused():
     task = make("resnet", "bn")
     simulate(task, BatchPlan(2, 4))
-    with pytest.raises(ValueError, match=r"got \(9, 4, 8, 8\) of 9 images; use engine=torchrun"):
+    with pytest.raises(ValueError, match=r"got \(9, 8, 8, 8\) of 9 images; use engine=torchrun"):
         task.train()(torch.zeros(9, 3, 8, 8, dtype=torch.float64))
 
 
 def test_groups_on_one_rank_are_that_rank():
-    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group=2)
+    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=8), CLASSES), process_group=2)
     simulate(task, BatchPlan(8))
     assert (task.net[1].num_splits, task.net[1].split_size) == (1, 8)
 
 
 def test_groups_that_do_not_divide():
-    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=4), CLASSES), process_group=3)
+    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=8), CLASSES), process_group=3)
     with pytest.raises(ValueError, match=r"process_group=3: .* world size 4; choose one of \[1, 2, 4\]"):
         simulate(task, BatchPlan(2, 4))

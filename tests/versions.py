@@ -1,7 +1,5 @@
 """What tests need to know of the version of torch."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -21,10 +19,9 @@ ONE_COPY_OF_BUFFERS = pytest.param(
 )
 
 
-def ignore_deprecations():
-    """Let other versions of other packages say what will change in them; our own code is checked with the pins."""
-    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
-        warnings.simplefilter("ignore", category)
+# What other versions of other packages may say; our own code is checked with the pins.
+MAY_WARN = [f"ignore::{name}" for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]
+MAY_WARN.append("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 
 
 def torch_norm(cls, *args, bias=True, **options):

@@ -98,6 +98,7 @@ class ImageData(L.LightningDataModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.memory_format = torch.channels_last  # of normalized images; the net's, once there is one
         self.mean, self.std = (torch.tensor(list(value)).view(-1, 1, 1) for value in (mean, std))
         self.world, self.seed = world or World(), seed
         self.eval_batch_size, self.num_train_eval = eval_batch_size, num_train_eval
@@ -151,9 +152,9 @@ class ImageData(L.LightningDataModule, ABC):
         return self.normalize(self.splits.train[Draw(order[:num_images].tolist(), self.seed)][0])
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Map uint8 to `(pixel / 255 - mean) / std`, channels last, which convolutions like best."""
+        """Map uint8 to `(pixel / 255 - mean) / std`, in the memory format of the net."""
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        pixels = images.to(dtype=torch.float32, memory_format=torch.channels_last)
+        pixels = images.to(dtype=torch.float32, memory_format=self.memory_format)
         return pixels.div_(255).sub_(self.mean).div_(self.std)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -32,8 +32,7 @@ class ImageFiles(Sequence[Tensor]):
         try:
             return pil_to_tensor(self.folder[index][0])
         except Exception as error:
-            error.add_note(f"while reading {self.folder.samples[index][0]}")
-            raise
+            raise ValueError(f"cannot read {self.folder.samples[index][0]}: {error}") from error
 
 
 def decode(path: str) -> Any:
