@@ -25,7 +25,13 @@ unlisted = set()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: NCCL, one GPU per rank")
+    text = "cuda: test_batchnorm.py alone; NCCL for up to as many ranks as GPUs, else gloo ranks that share the GPUs"
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help=text)
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device cuda: expected a CUDA GPU, torch {torch.__version__} sees none")
 
 
 def pytest_report_header(config):
