@@ -43,7 +43,7 @@ def train(
     group: ProcessGroup,
 ) -> Tensor | None:
     """Do what `autograd.normalize_batch` does for one layer, or return None for what is not usual."""
-    if type(x) not in _PLAIN or not isinstance(momentum, _NUMBER) or kernels.fused.is_traced():
+    if not x.is_cpu or type(x) not in _PLAIN or not isinstance(momentum, _NUMBER) or kernels.fused.is_traced():
         return None
     if not _is_ready() or type(group) is not ProcessGroup:  # a group in Python has no name to be found by
         return None

@@ -29,11 +29,14 @@ unlisted = set()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: NCCL, one GPU per rank")
+    text = "cuda: test_batchnorm.py alone; NCCL for up to as many ranks as GPUs, else gloo ranks that share the GPUs"
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help=text)
 
 
 def pytest_configure(config):
-    """Let other versions of other packages say what will change in them."""
+    """Refuse a GPU that is not there, and let other versions of other packages say what will change in them."""
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device cuda: expected a CUDA GPU, torch {torch.__version__} sees none")
     if not IS_DEVELOPMENT:
         for line in MAY_WARN:
             config.addinivalue_line("filterwarnings", line)
@@ -60,10 +63,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def ranks(request, tmp_path_factory):
-    with syncbn.use_kernels("fused"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # without a compiler
-        step._is_ready()  # built here once, and not by the first ranks that ask for it, within their time-out
-    pool = Ranks(tmp_path_factory.mktemp("stores"), request.config.getoption("--device"))
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        with syncbn.use_kernels("fused"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without a compiler
+            step._is_ready()  # built here once, and not by the first ranks that ask for it, within their time-out
+    pool = Ranks(tmp_path_factory.mktemp("stores"), device)
     yield pool
     pool.close()
 

@@ -29,13 +29,14 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "syncbn"])
 
 
-def device():
-    """Return the device of this rank: its GPU under NCCL, else the CPU."""
-    import torch
-    import torch.distributed as dist
+_device_type = "cpu"  # of this process, where it is a rank
 
-    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+def device():
+    """Return the device of this rank: its GPU, which it may share with others, else the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if _device_type == "cuda" else torch.device("cpu")
 
 
 class RankError(AssertionError):
@@ -47,7 +48,11 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """A pool of rank processes on one device type: gloo for cpu, NCCL with one GPU per rank for cuda."""
+    """A pool of rank processes on one device type.
+
+    For cuda a call with no more ranks than GPUs runs on NCCL, one GPU per rank. The ranks of any other call share the
+    GPUs and run on gloo, since NCCL refuses two ranks on one GPU. For cpu all is gloo.
+    """
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.device = device
@@ -123,6 +128,8 @@ class Ranks:
 
 def _serve(connection, device, folder):
     """Answer calls until the connection closes."""
+    global _device_type
+    _device_type = device
     stacks = open(folder / f"stacks{os.getpid()}", "w")  # noqa: SIM115  # as long as the process
     faulthandler.register(signal.SIGUSR1, stacks)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -151,12 +158,13 @@ def _call(rank, function, world_size, args, store, timeout, device):
     import torch.distributed as dist
 
     torch.manual_seed(0)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if num_gpus:
+        torch.cuda.set_device(rank % num_gpus)
     if store is None:
         return function(rank, world_size, *args)
     dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl",
+        "nccl" if world_size <= num_gpus else "gloo",
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,

@@ -1,0 +1,80 @@
+"""Process groups for one process on one device: one whose collectives return at once, and one of a single rank."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.collectives import GroupSpec
+
+FAKE_WORLD_SIZE = 8
+
+
+def destroy() -> None:
+    """Destroy the process group, once the threads of gloo have let go of its last tensors.
+
+    In torch 2.6 they need Python's lock for that, which the end of the group holds while it waits for them.
+    """
+    time.sleep(0.02)
+    dist.destroy_process_group()
+
+
+@contextmanager
+def fake_group() -> Iterator[None]:
+    """Make this process rank 0 of 8, in a group that reduces nothing: for time, waits and launches, not for numbers.
+
+    nn.SyncBatchNorm gathers into ``(1, W * (2C + 1))``, which a fake gather cannot split, and a fake gather is W
+    copies. Here it is one kernel, as NCCL's is; a fake all_reduce launches nothing.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def gather(output: Tensor, input: Tensor, *_: Any, **__: Any) -> None:
+        output.view(FAKE_WORLD_SIZE, -1).copy_(input.view(1, -1))
+
+    names = [name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)]
+    stand_ins: dict[str, Any] = dict.fromkeys(names, gather)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=FAKE_WORLD_SIZE)
+    try:
+        with mock.patch.multiple(dist, **stand_ins):
+            yield
+    finally:
+        destroy()
+
+
+def _resolve(spec: GroupSpec) -> Any:
+    """Find the world, however small: torch.compile traces this as it does the method that it replaces."""
+    return dist.group.WORLD
+
+
+@contextmanager
+def group_of_one(device: str) -> Iterator[None]:
+    """Make a group of this process alone, NCCL on a GPU and gloo on a CPU, over which layers exchange all the same.
+
+    Without the patch a group of one is plain F.batch_norm.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=dist.FileStore(str(Path(folder) / "store"), 1),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+            timeout=timedelta(seconds=60),
+        )
+        try:
+            with mock.patch.object(GroupSpec, "resolve", _resolve):
+                yield
+        finally:
+            if device == "cuda":
+                with suppress(RuntimeError):  # of a part that failed: its own error says more
+                    torch.cuda.synchronize()  # nothing is under way when the group goes
+            destroy()

@@ -1,0 +1,87 @@
+"""Layers, inputs and comparisons that the parts share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import syncbn
+from syncbn import kernels
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Relative to the largest value of a tensor. The full types as the library promises for mean/std up to 100; half types
+# at twice the rounding of their own values (2^-8 and 2^-11), for rounding upon rounding.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def full(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the sums, and of parameters: float32 for half types."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def draw(
+    shape: Sequence[int], dtype: torch.dtype, device: str, form: str = "contiguous", seed: int = 0, mean: float = 0.5
+) -> Tensor:
+    """Draw values of standard deviation 1 on the CPU, the same for every device."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator) + mean
+    return x.to(device, dtype).contiguous(memory_format=FORMATS[form])
+
+
+def make_layer(kind: str, num_features: int, device: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """Make a layer with weights that are not 1: "BatchNorm2d", "SyncBatchNorm" of torch, or "syncbn"."""
+    cls = {"BatchNorm2d": nn.BatchNorm2d, "SyncBatchNorm": nn.SyncBatchNorm, "syncbn": syncbn.SyncBatchNorm}[kind]
+    layer: nn.Module = cls(num_features, device=device, dtype=dtype, **options)
+    if len(parameters := list(layer.parameters())):
+        weight, bias = parameters
+        with torch.no_grad():
+            weight.copy_(draw([num_features], torch.float32, "cpu", seed=7, mean=1.5))
+            bias.copy_(draw([num_features], torch.float32, "cpu", seed=8))
+    return layer
+
+
+def run_layer(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """Return y and the gradients of x, weight and bias of the loss ``(y * dy).sum()``."""
+    y = layer(x)
+    return y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+
+def error_of(found: Tensor, truth: Tensor, scale: float | None = None) -> float:
+    """Return the largest difference, relative to the largest value of the truth or to ``scale``; inf for NaN."""
+    if truth.numel() == 0:
+        return 0.0 if found.shape == truth.shape else float("inf")
+    if found.shape != truth.shape:
+        return float("inf")
+    if scale is None:
+        scale = truth.abs().max().item()
+    difference = (found.detach().double().cpu() - truth.double().cpu()).abs()
+    return float(difference.nan_to_num(float("inf"), float("inf")).max()) / max(scale, 1e-30)
+
+
+def back_end(x: Tensor) -> str:
+    """Return the name of the kernels that serve inputs like ``x`` here; starts their self-check."""
+    name: str = kernels.choose(x).__name__  # type: ignore[attr-defined]
+    return name.rpartition(".")[2]
+
+
+def refuse_reference(x: Tensor, failures: list[str]) -> str:
+    """Return `back_end`; that a GPU is left to the reference kernels is a failure."""
+    name = back_end(x)
+    if x.is_cuda and name == "reference":
+        failures.append(f"{name_of(x.dtype)}: the layer runs on the reference kernels, not on those for CUDA")
+    return name
+
+
+def cases(dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[torch.dtype, str]]:
+    """Return all pairs of dtype and memory format."""
+    return list(itertools.product(dtypes, FORMATS))

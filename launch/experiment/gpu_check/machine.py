@@ -1,0 +1,93 @@
+"""Part `machine`: what the machine is, how fast it copies, and what a launch costs the host."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import gpu
+from .outcome import Outcome, Row, Table
+
+GIB = 2**30
+_NUM_LAUNCHES = 500  # fewer than a GPU's queue takes (about 1000) before the host has to wait for it
+
+
+def measure(device: str) -> Outcome:
+    """Describe the machine and time a copy and a small operator."""
+    bandwidth = _copy_bandwidth(device)
+    launch = _launch_cost(device)
+    facts = _gpu_facts() if device == "cuda" else {}
+    facts |= {"CPU": _cpu_model(), "CPUs": os.cpu_count(), "torch threads": torch.get_num_threads()}
+    facts |= {"copy, GB/s read and written": bandwidth, "one small operator, µs of the host": launch}
+    rows: list[Row] = [{"what": what, "value": value} for what, value in facts.items()]
+    name = facts.get("GPU", facts["CPU"])
+    summary = f"{name}: copy {bandwidth:.0f} GB/s, a small operator {launch:.1f} µs of the host"
+    return Outcome(summary, [Table("Machine", rows)])
+
+
+def _gpu_facts() -> Row:
+    properties = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info(0)
+    return {
+        "GPU": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory, GiB": total / GIB,
+        "free memory, GiB": free / GIB,
+        "L2 cache, MB": getattr(properties, "L2_cache_size", 0) / 1e6 or "unknown",
+        "GPUs": torch.cuda.device_count(),
+    }
+
+
+def _copy_bandwidth(device: str) -> float:
+    """Return GB/s of a copy of what no cache holds, reading and writing counted."""
+    num_bytes = GIB if device == "cuda" else GIB // 8
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = _median_seconds(lambda: target.copy_(source), device, num_runs=7)
+    return 2 * num_bytes / seconds / 1e9
+
+
+def _median_seconds(run: Callable[[], object], device: str, num_runs: int) -> float:
+    times: list[float] = []
+    for _ in range(num_runs + 2):
+        if device == "cuda":
+            start = gpu.record_event()
+            run()
+            end = gpu.record_event()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times[2:])
+
+
+def _launch_cost(device: str) -> float:
+    """Return µs of host time for one operator on a few numbers."""
+    x = torch.zeros(8, device=device)
+    times = []
+    for _ in range(7):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(_NUM_LAUNCHES):
+            x.add_(1.0)
+        times.append((time.perf_counter() - begin) / _NUM_LAUNCHES)
+    return 1e6 * statistics.median(times[1:])
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

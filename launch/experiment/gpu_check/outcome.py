@@ -1,0 +1,58 @@
+"""What a part of the check finds out, in values that JSON can hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+
+Row = dict[str, Any]  # by column: text, a number, or [low, median, high]
+Record = dict[str, Any]  # of one part: name, status, seconds, summary, failures, error, tables
+
+
+@dataclass
+class Table:
+    """Rows of equal keys, which are the columns."""
+
+    title: str
+    rows: list[Row]
+    note: str = ""
+
+
+@dataclass
+class Outcome:
+    """What a part measured; any of `failures` makes it a failed part."""
+
+    summary: str
+    tables: list[Table] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def make_record(name: str, status: str, summary: str, **more: Any) -> Record:
+    """Fill in what a record has in any case."""
+    return {"name": name, "status": status, "seconds": 0.0, "summary": summary, "failures": [], "tables": []} | more
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: a reader finds the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def to_json(value: Any) -> str:
+    """Write JSON; what it has no type or no number for, as text."""
+    return json.dumps(_plain(value), indent=1, default=str, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,277 @@
+"""launch/gpu_check.py: what it finds, what it says of bad input, and that one part costs no other."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import conftest
+import gpu_check
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from experiment.gpu_check import matrix, needs, parts, primitive_cases, primitives, report, worker
+from experiment.gpu_check.outcome import FAILED, OK, SKIPPED, Outcome, Table, make_record
+from experiment.gpu_check.resnet import ResNet50
+from experiment.gpu_check.runner import ROOT, environment
+
+from syncbn import kernels
+from syncbn.kernels import selfcheck
+
+HERE = Path(__file__).parent
+
+
+def part(name, **options):
+    return parts.Part(name, f"what {name} does", f"test_gpu_check:{name}", 60, **options)
+
+
+def measures(device):
+    return Outcome("measured", [Table("Rows", [{"what": "a|b", "ms": [1.0, 2.0, 3.0], "big": 12345.6}], "A note.")])
+
+
+def finds(device):
+    return Outcome("measured", [Table("Rows", [{"error": float("inf")}])], ["first fault", "second fault"])
+
+
+def raises(device):
+    raise ValueError("expected something else\nand more")
+
+
+def hangs(device):
+    time.sleep(600)
+
+
+def aborts(device):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(f"child {child.pid}", flush=True)
+    os.abort()
+
+
+def falls_back(device):
+    warnings.warn("syncbn.kernels.cuda was compared: expected equal results, got NaN", RuntimeWarning, stacklevel=1)
+    warnings.warn("another library's", RuntimeWarning, stacklevel=1)
+    return Outcome("measured")
+
+
+def is_gone(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"  # ended, and nobody has asked how
+
+
+def test_a_part_costs_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    chosen = [part("finds"), part("raises"), part("hangs", cpu_limit=1), part("aborts"), part("measures")]
+    assert gpu_check.check(chosen, "cpu", tmp_path, "launch/gpu_check.py --device cpu") == 1
+    records = {record["name"]: record for record in json.loads((tmp_path / "gpu_check.json").read_text())["parts"]}
+    assert list(records) == ["finds", "raises", "hangs", "aborts", "measures"]
+    assert [record["status"] for record in records.values()] == [FAILED] * 4 + [OK]
+    assert records["finds"]["failures"] == ["first fault", "second fault"]
+    assert records["finds"]["summary"] == "first fault (and 1 more)"
+    assert records["raises"]["summary"] == "ValueError: expected something else"
+    assert "in raises" in records["raises"]["error"]
+    assert records["hangs"]["summary"] == "passed its time limit of 1 s"
+    assert records["aborts"]["summary"] == "ended by signal SIGABRT"
+    child = int(records["aborts"]["error"].split("child ")[1].split()[0])
+    deadline = time.monotonic() + 60
+    while not is_gone(child):  # the system ends it in its own time
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    printed = capsys.readouterr().out
+    table = printed.split("\n\n")[1]
+    assert [line.split()[:2] for line in table.splitlines()[2:]] == [[k, r["status"]] for k, r in records.items()]
+    text = (tmp_path / "gpu_check.md").read_text()
+    for found in (
+        "- command: python launch/gpu_check.py --device cpu",
+        f"- torch: {torch.__version__}",
+        "| hangs | failed |",
+        "ok: measures. measured",
+        "| a\\|b | 2 (1 to 3) | 12346 |",
+        "- second fault",
+        "| inf |",
+        "A note.",
+    ):
+        assert found in text, found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--device", "cpu", "--parts", "layer,nonsense"], "compile, got 'nonsense'"),
+    ],
+)
+def test_a_wrong_command_line(arguments, found, capsys):
+    with pytest.raises(SystemExit) as caught:
+        gpu_check.main(arguments)
+    assert caught.value.code == 2
+    assert found in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so_at_once(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(needs, "num_gpus", lambda: 0)
+    assert gpu_check.main(["--output-dir", str(tmp_path)]) == 2
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().err
+    assert "expected a CUDA GPU, found none (torch " in said
+    assert "--device cpu runs" in said
+
+
+def no_memory():
+    raise RuntimeError("CUDA error: out of memory\nmore")
+
+
+@pytest.mark.parametrize(
+    ("name", "probes", "status", "text"),
+    [
+        ("layer", {"free_memory": lambda: (2**29, 80 * 2**30)}, FAILED,
+         "needs 4 GiB free on cuda:0, 0.5 GiB are free of 80"),
+        ("layer", {"free_memory": no_memory}, FAILED, "could not even look: CUDA error: out of memory"),
+        ("nccl_one", {"has_nccl": lambda: False}, FAILED, "needs NCCL, which this torch"),
+        ("compile", {"import_problem": lambda name: f"no {name}"}, FAILED, "needs Triton (pip install triton)"),
+        ("ranks_one_gpu", {"import_problem": lambda name: f"no {name}"}, FAILED, "needs pytest"),
+        ("nccl_ranks", {"num_gpus": lambda: 1}, SKIPPED, "needs 2 GPUs, 1 is here"),
+    ],
+)  # fmt: skip
+def test_what_a_gpu_machine_lacks(monkeypatch, name, probes, status, text):
+    everything = {"free_memory": lambda: (70 * 2**30, 80 * 2**30), "has_nccl": lambda: True, "num_gpus": lambda: 1}
+    for probe, value in (everything | {"import_problem": lambda name: ""} | probes).items():
+        monkeypatch.setattr(needs, probe, value)
+    [chosen] = parts.choose(name)
+    record = worker.run(replace(chosen, target="test_gpu_check:measures"), "cuda")
+    assert record["status"] == status
+    assert text in record["summary"]
+
+
+def test_what_a_cpu_cannot_run_is_skipped():
+    skipped = {p.name: found for p in parts.PARTS if (found := needs.unmet(p, "cpu"))}
+    assert skipped == {"nccl_ranks": (SKIPPED, "needs 2 CUDA GPUs"), "cuda_graph": (SKIPPED, "needs a CUDA GPU")}
+
+
+def test_slower_kernels_than_asked_for_are_a_failure():
+    record = worker.run(part("falls_back"), "cpu")
+    assert record["status"] == FAILED
+    assert len(record["failures"]) == 1
+    assert "RuntimeWarning: syncbn.kernels.cuda was compared" in record["summary"]
+
+
+def of_factor(function, factor=1.001):
+    def wrong(*args):
+        found = function(*args)
+        return tuple(t * factor for t in found) if isinstance(found, tuple) else found * factor
+
+    return wrong
+
+
+@pytest.mark.parametrize("primitive", primitive_cases.PRIMITIVES)
+@pytest.mark.parametrize("name", primitives.BACK_ENDS["cpu"])
+def test_a_fault_in_a_primitive_is_found_by_name(monkeypatch, name, primitive):
+    monkeypatch.setattr(primitive_cases, "_SHAPES", primitive_cases._SHAPES[:2])
+    if primitives._open(name) is not None:
+        pytest.skip("no C++ compiler is installed")
+    module = getattr(kernels, name)
+    monkeypatch.setattr(module, primitive, of_factor(getattr(module, primitive)))
+    failures = [f for f in primitives.measure("cpu").failures if "self-check" not in f]
+    found = [f for f in failures if f.startswith(f"{name}.{primitive}, float32, ")]
+    if primitive == "local_sums":
+        assert "expected a count of 120, got 120.12" in found[0]
+    else:
+        assert [f.split(", ")[2].split(":")[0] for f in found][:2] == ["contiguous", "channels_last"]
+        assert 0.0005 < float(found[0].partition("error ")[2].partition(",")[0]) < 0.002
+    assert all(f.startswith(f"{name}.{primitive}, ") for f in failures), failures
+
+
+def test_a_failed_self_check_and_a_failed_build_are_failures(monkeypatch):
+    def refuse(*_):
+        warnings.warn("expected equal results, got NaN", RuntimeWarning, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(primitive_cases, "_SHAPES", primitive_cases._SHAPES[:1])
+    monkeypatch.setattr(selfcheck, "passes", refuse)
+    monkeypatch.setattr(primitives, "_open", lambda name: "it did not build" if name == "fused" else None)
+    outcome = primitives.measure("cpu")
+    assert outcome.failures == [
+        "native: the self-check failed: expected equal results, got NaN",
+        "fused is not available: it did not build",
+    ]
+    monkeypatch.setattr(primitives, "_open", lambda name: None if name == "reference" else "FileNotFoundError: c++")
+    outcome = primitives.measure("cpu")
+    assert not outcome.failures
+    assert "fused is not available: FileNotFoundError: c++" in outcome.summary
+
+
+def test_the_matrix_reports_tests_by_name():
+    text = """<testsuite><testcase name="test_a[1]"/><testcase name="test_a[2]">
+    <failure message="AssertionError: y is off&#10;more">def test():
+    E   AssertionError: y is off by 0.1
+    E   more</failure></testcase></testsuite>"""
+    rows, failures = matrix._by_function(list(ElementTree.fromstring(text).iter("testcase")))
+    assert rows == [{"test": "test_a", "passed": 1, "failed": 1}]
+    assert failures == ["test_a[2]: failure: AssertionError: y is off"]
+
+
+def test_the_net_is_a_resnet50():
+    assert sum(p.numel() for p in ResNet50().parameters()) == 25_557_032
+
+
+def test_a_record_of_an_unknown_part_is_reported(tmp_path):
+    report.write(tmp_path, {"date": "today"}, [make_record("other", FAILED, "a|b\nc", failures=["a|b\nc"])])
+    assert "| other | failed | 0 | a\\|b c |" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_device_cuda_needs_a_gpu(monkeypatch, pytestconfig):
+    monkeypatch.setattr(pytestconfig.option, "device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(pytest.UsageError, match="--device cuda: expected a CUDA GPU"):
+        conftest.pytest_configure(pytestconfig)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "world_size", "expected"),
+    [
+        ("cpu", 0, 2, ("gloo", None)),
+        ("cuda", 1, 1, ("nccl", 0)),
+        ("cuda", 1, 4, ("gloo", 0)),
+        ("cuda", 2, 2, ("nccl", 1)),
+        ("cuda", 2, 3, ("gloo", 1)),
+    ],
+)
+def test_ranks_share_gpus_on_gloo(monkeypatch, tmp_path, device, num_gpus, world_size, expected):
+    made, gpus = [], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: made.append(backend))
+    ranks._call(1 % world_size, lambda *_: None, world_size, (), str(tmp_path / "store"), 60, device)
+    assert (made[0], gpus[0] if gpus else None) == expected
+
+
+@pytest.mark.slow
+def test_every_part_on_the_cpu(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "gpu_check.py"), "--device", "cpu", "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert [record["name"] for record in records] == [p.name for p in parts.PARTS]
+    for record in records:
+        assert record["status"] == (SKIPPED if record["name"] in ("nccl_ranks", "cuda_graph") else OK)
+        assert record["status"] == SKIPPED or (record["tables"] and all(table["rows"] for table in record["tables"]))
+        assert f"\n{record['name']} " in done.stdout
+
+
+@pytest.mark.slow
+def test_the_cuda_branches_on_stand_ins():
+    names = ["machine", "primitives", "nccl_one", "determinism", "host_waits", "launches", "layer", "step", "memory"]
+    command = [sys.executable, str(HERE / "gpu_stand_ins.py"), *names, "cuda_graph"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    *records, graph = json.loads(done.stdout.splitlines()[-1])
+    assert {record["name"]: record["failures"] for record in records} == {name: [] for name in names}
+    assert graph["summary"].endswith("a stand-in replays nothing")
