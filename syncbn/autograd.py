@@ -15,8 +15,10 @@ from torch.distributed import ProcessGroup
 
 from . import debug, kernels, moments, recompute, step
 from .collectives import Exchange, all_reduce
+from .compat import BUILDS_STEP
 from .debug.names import Owner
 from .moments import Batch
+from .private import assert_in_graph
 
 
 class Layer(NamedTuple):
@@ -121,7 +123,7 @@ def _advance(kernel: kernels.Kernels, layer: Layer, packed: Tensor) -> Batch:
 def _refuse_one_value(count: Tensor) -> None:
     message = "Expected more than 1 value per channel when training, got 1 over all ranks of the process group"
     if torch.compiler.is_compiling():
-        torch._assert_async(count != 1, message)
+        assert_in_graph(count != 1, message)
     elif count.item() == 1:
         raise ValueError(f"{message}. Use a larger batch or eval mode.")
 
@@ -303,11 +305,12 @@ def _backward_of_step(
     return _differentiable_backward(step, group) if torch.is_grad_enabled() else _backward([step], group)[0]
 
 
-_library: Any = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "backward(Tensor? dy, Tensor x, Tensor? weight, Tensor count, Tensor mean_invstd, bool[] needs, float eps, "
-    "ScalarType bias_dtype, __torch__.torch.classes.c10d.ProcessGroup group) -> (Tensor?, Tensor?, Tensor?)"
-)
-_library.impl("backward", _backward_of_step, "CompositeImplicitAutograd")
-_library.define("explain(Tensor weight) -> str")
-_library.impl("explain", lambda weight: debug.where("backward", [weight]), "CompositeImplicitAutograd")
+if BUILDS_STEP:
+    _library: Any = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _library.define(
+        "backward(Tensor? dy, Tensor x, Tensor? weight, Tensor count, Tensor mean_invstd, bool[] needs, float eps, "
+        "ScalarType bias_dtype, __torch__.torch.classes.c10d.ProcessGroup group) -> (Tensor?, Tensor?, Tensor?)"
+    )
+    _library.impl("backward", _backward_of_step, "CompositeImplicitAutograd")
+    _library.define("explain(Tensor weight) -> str")
+    _library.impl("explain", lambda weight: debug.where("backward", [weight]), "CompositeImplicitAutograd")

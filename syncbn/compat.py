@@ -42,18 +42,6 @@ DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers": False} if HAS_FORWARD_SYN
 BUILDS_STEP = _version >= (2, 13)
 
 
-def functional_all_gather(packed: Tensor, group: Any) -> Tensor:
-    """Gather in a graph of torch.compile. Before torch 2.13: the operator, as 2.6 traces no assertion in backward."""
-    from torch.distributed import _functional_collectives as functional
-
-    gather: Any = getattr(functional, "all_gather_single", None)
-    if gather is None:
-        started = torch.ops._c10d_functional.all_gather_into_tensor(packed, group.size(), group.group_name)
-        return functional.wait_tensor(started)  # type: ignore[no-any-return, no-untyped-call]
-    gathered: Tensor = gather(packed, 0, group)
-    return gathered
-
-
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert to ``dtype``. torch 2.11: a conversion to the same one makes gradients of compiled Functions zero."""
     return t if t.dtype == dtype else t.to(dtype)

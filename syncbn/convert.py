@@ -166,7 +166,7 @@ def _step(names: list[str], layer: nn.Module, target: Target, include: list[str]
     """Plan one module; None if it is no layer of the BatchNorm family."""
     row = PlanRow(names[0], type(layer).__name__, None, "")
     wrapper = next((base.__name__ for base in type(layer).__mro__ if base.__name__ in _WRAPPERS), None)
-    if layer._compiled_call_impl is not None:
+    if getattr(layer, "_compiled_call_impl", None) is not None:
         wrapper = "torch.compile"
     if wrapper is not None:
         step = decide(names[0], layer, target) if is_family(layer) else None

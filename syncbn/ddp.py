@@ -6,12 +6,14 @@ changes nothing; layers of subgroups would lose theirs. DDP's copy at constructi
 rank 0 loaded, stays as it is.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+
+from .private import active_ddp
 
 _told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -30,19 +32,29 @@ def check_in(is_subgroup_layer: Callable[[nn.Module], bool] | None) -> None:
     Raises:
         ValueError: Under ``DDP.join()``: a rank that has run out of data answers DDP's collectives, not the layer's.
     """
-    ddp = None if torch.compiler.is_compiling() else getattr(DistributedDataParallel, "_active_ddp_module", None)
+    ddp = None if torch.compiler.is_compiling() else active_ddp()
     if ddp is None:
         return
-    if ddp._join_config.enable:
+    if getattr(getattr(ddp, "_join_config", None), "enable", False):
         raise ValueError(
             "SyncBatchNorm cannot run under DDP.join(): a rank without data would not take part in the layers' "
             "exchanges. Give every rank the same number of steps; its batch may be smaller, or empty."
         )
     if is_subgroup_layer is None or ddp in _told:
         return
+    _told.add(ddp)
+    try:
+        ignored, assign = ddp.parameters_to_ignore, ddp._assign_modules_buffers
+    except AttributeError as error:
+        warnings.warn(
+            f"this torch does not let SyncBatchNorm keep the statistics of subgroups from DDP's copies ({error}); "
+            "expected DistributedDataParallel(..., forward_sync_buffers=False)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
     for name, layer in ddp.module.named_modules(remove_duplicate=False):
         if is_subgroup_layer(layer):
             prefix = f"{name}." if name else ""
-            ddp.parameters_to_ignore.update(prefix + buffer for buffer, _ in layer.named_buffers(recurse=False))
-    ddp._assign_modules_buffers()
-    _told.add(ddp)
+            ignored.update(prefix + buffer for buffer, _ in layer.named_buffers(recurse=False))
+    assign()

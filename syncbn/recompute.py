@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .moments import Batch
+from .private import running_backward, top_saved_tensors_hooks
 
 
 @dataclass
@@ -55,8 +56,7 @@ def record(moments: Batch) -> None:
 
 def _backward_pass() -> int:
     """Identify the running backward pass; -1 outside of any."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return -1 if current is None else int(current())
+    return int(running_backward())
 
 
 def _checkpoint_frame() -> tuple[Any, bool]:
@@ -67,8 +67,7 @@ def _checkpoint_frame() -> tuple[Any, bool]:
     """
     if torch.compiler.is_compiling():
         return None, False
-    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = top_hooks(True) if top_hooks is not None else None
+    hooks = top_saved_tensors_hooks(True)
     pack: Any = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks else None
     if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
         return None, False

@@ -72,7 +72,8 @@ def _load(choice: str) -> None:
         if not kernels.fused.is_ready() or (choice == "auto" and not build.keeps()):
             return
         build.load(_SOURCE, _flags(), _NOTICE)
-        _train = torch.ops.syncbn.train.default._op  # without the call that finds it
+        operator = torch.ops.syncbn.train.default
+        _train = getattr(operator, "_op", operator)  # without the call that finds it
     except Exception as error:  # of any kind: Python goes on
         if choice == "auto":
             return

@@ -20,6 +20,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ..private import default_store
+
 GAVE_UP = b"gave up"  # the row of a rank that has waited too long: who comes later must not go on alone
 _GRACE = 5.0  # seconds beyond a time-out that the store may take to answer
 
@@ -198,7 +200,7 @@ def _work(jobs: "SimpleQueue[Callable[[_Pen], None] | None]", pen: _Pen) -> None
 
 def _default_store() -> Any:
     try:
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
     except (AttributeError, KeyError) as error:
         raise BoardError(f"this torch does not give it away ({error})") from error
     if store is None:

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..compat import all_gather_single, functional_all_gather
+from ..compat import all_gather_single
+from ..private import all_reduce_in_graph, backend_name, gather_in_graph
 
 
 def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
@@ -48,12 +49,7 @@ class Exchange:
         is_cpu = packed.device.type == "cpu"  # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
         self.gathers = packed.numel() <= gather_limit(group, is_cpu)
         if torch.compiler.is_compiling():
-            if self.gathers:
-                self.result = functional_all_gather(packed, group)
-            else:
-                from torch.distributed import _functional_collectives as functional
-
-                self.result = functional.all_reduce(packed, "sum", group)
+            self.result = gather_in_graph(packed, group) if self.gathers else all_reduce_in_graph(packed, group)
         elif self.gathers:
             self.result = packed.new_empty(group.size() * packed.numel())  # flat, as gloo wants it
             self.work = all_gather_single(self.result, packed, group, async_op=True)
@@ -73,4 +69,4 @@ _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
 def gather_limit(group: ProcessGroup, is_cpu: bool) -> int:
     """Return up to how many numbers a gather and a local sum is quicker: on gloo, half the network's delays."""
-    return _GATHER_BYTES // 8 // group.size() if is_cpu and group._get_backend_name() == "gloo" else 0
+    return _GATHER_BYTES // 8 // group.size() if is_cpu and backend_name(group) == "gloo" else 0

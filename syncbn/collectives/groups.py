@@ -10,7 +10,6 @@ import json
 import socket
 import weakref
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..compat import all_gather_single
+from ..private import known_groups, timeout_of
 
 ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
 
@@ -75,7 +75,7 @@ class GroupSpec:
             return None
         if self.ranks is not None:
             group = self.value if isinstance(self.value, ProcessGroup) else None
-            if group is None or not (torch.compiler.is_compiling() or group in dist.distributed_c10d._world.pg_map):
+            if group is None or not (torch.compiler.is_compiling() or _exists(group)):
                 group = _find_group(self.ranks)
         elif self.value is None:
             group = dist.group.WORLD
@@ -220,20 +220,16 @@ def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueE
     return mine
 
 
-def timeout_of(group: ProcessGroup | None) -> timedelta | None:
-    """Read a group's time-out, which new groups do not inherit by themselves; None (torch's default) if unknown."""
-    for device in ("cpu", "cuda"):
-        try:
-            return group._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
-        except (AttributeError, RuntimeError):
-            continue
-    return None
+def _exists(group: ProcessGroup) -> bool:
+    groups = known_groups()
+    return groups is None or group in groups
 
 
 def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
     if len(ranks) == 1 or dist.get_world_size() == 1:
         return None
-    for group in (dist.group.WORLD, *dist.distributed_c10d._world.pg_map):
+    groups: list[ProcessGroup | None] = [dist.group.WORLD, *(known_groups() or ())]
+    for group in groups:
         if group is not None and tuple(dist.get_process_group_ranks(group)) == ranks:
             return group
     raise ValueError(

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..collectives.board import GAVE_UP, BoardError, Meeting, current_board, is_initialized, rank_in_world, ranks_of
-from ..collectives.groups import timeout_of
+from ..private import timeout_of
 from .names import Owner, name_for_exchange, name_of
 from .signature import Signature, differences, listed, ranks, table, unpack
 

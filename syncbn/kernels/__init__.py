@@ -17,11 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..private import are_transforms_active
 from . import cuda, fused, native, reference
 from .reference import sum_dtype as sum_dtype
-
-# vmap and its like, which need plain operators; private
-_are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 CHOICES = ("auto", "reference", "native", "fused")
 
@@ -76,7 +74,7 @@ def choice() -> str:
 
 def choose(x: Tensor) -> Kernels:
     """Choose the implementation for ``x``; any of them can go on from what another computed."""
-    if _chosen == "reference" or torch.compiler.is_compiling() or _are_transforms_active():
+    if _chosen == "reference" or torch.compiler.is_compiling() or are_transforms_active():
         return reference
     if _chosen != "native" and fused.supports(x, quietly=_chosen == "auto"):
         return fused

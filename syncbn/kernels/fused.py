@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..private import are_transforms_active, num_dispatch_modes
 from . import build, reference, selfcheck
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in fused.cpp
@@ -28,10 +29,6 @@ _ARGUMENTS = {  # one packed struct each: ctypes takes longer for an argument th
     "input_gradient": struct.Struct(_LAYOUT + 3 * _CHANNEL + "5Q"),
     "advance": struct.Struct("qQ2d" + 4 * _CHANNEL),
 }
-
-# Private; in a torch without them `supports` is False.
-_num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
@@ -162,8 +159,8 @@ def is_traced() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or _num_dispatch_modes()
-        or _are_transforms_active()
+        or num_dispatch_modes()
+        or are_transforms_active()
     )
 
 

@@ -1,0 +1,94 @@
+"""Private names of torch, looked up once, each with what is done where it is missing."""
+
+import importlib.util
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .compat import all_gather_single
+
+# Without these: plain operators, no C++ kernels.
+are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# Without it: a recomputation counts as a forward pass.
+running_backward = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+# Without it, as in torch 2.6: a recomputation repeats the exchange.
+top_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+# Without it: a global count of 1 is not refused in a graph of torch.compile.
+assert_in_graph = getattr(torch, "_assert_async", lambda *_: None)
+
+_has_backend_name = hasattr(dist.ProcessGroup, "_get_backend_name")
+_get_backend: Any = getattr(dist.ProcessGroup, "_get_backend", None)
+_world = getattr(dist.distributed_c10d, "_world", None)
+_get_default_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+_has_active_ddp = hasattr(DistributedDataParallel, "_active_ddp_module")
+_has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
+
+
+def backend_name(group: Any) -> str:
+    """Return the name of a group's backend; the private look-up is quicker."""
+    return group._get_backend_name() if _has_backend_name else dist.get_backend(group)
+
+
+def known_groups() -> list[Any] | None:
+    """Return all process groups there are, None if that cannot be known: then of pickled layers only the world."""
+    return None if _world is None else list(_world.pg_map)
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """Read a group's time-out, which new groups do not inherit by themselves; None (torch's default) if unknown."""
+    for device in ("cpu", "cuda") if _get_backend is not None else ():
+        try:
+            timeout: timedelta = _get_backend(group, torch.device(device)).options._timeout
+        except (AttributeError, RuntimeError):
+            continue
+        return timeout
+    return None
+
+
+def default_store() -> Any:
+    """Return the store of the world, None if it has none; without the name, the order check says that it cannot run.
+
+    Raises:
+        AttributeError: Without the name.
+    """
+    if _get_default_store is None:
+        raise AttributeError("torch.distributed.distributed_c10d has no _get_default_store")
+    return _get_default_store()
+
+
+def active_ddp() -> Any:
+    """Return the DDP module whose forward pass runs; None if there is none, or if that cannot be known."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) if _has_active_ddp else None
+
+
+def gather_in_graph(packed: Tensor, group: Any) -> Tensor:
+    """Gather in a graph of torch.compile; without the functional collectives by the public one."""
+    if not _has_functional:
+        gathered = packed.new_empty(group.size() * packed.numel())
+        all_gather_single(gathered, packed, group)
+        return gathered
+    from torch.distributed import _functional_collectives as functional
+
+    gather: Any = getattr(functional, "all_gather_single", None)
+    if gather is None:  # before torch 2.13; the operator, as 2.6 traces no assertion in a backward pass
+        started = torch.ops._c10d_functional.all_gather_into_tensor(packed, group.size(), group.group_name)
+        waited: Tensor = functional.wait_tensor(started)  # type: ignore[no-untyped-call]
+        return waited
+    result: Tensor = gather(packed, 0, group)
+    return result
+
+
+def all_reduce_in_graph(packed: Tensor, group: Any) -> Tensor:
+    """Sum over the ranks in a graph of torch.compile; without the functional collectives by the public one."""
+    if not _has_functional:
+        dist.all_reduce(packed, group=group)
+        return packed
+    from torch.distributed import _functional_collectives as functional
+
+    summed: Tensor = functional.all_reduce(packed, "sum", group)
+    return summed
