@@ -24,6 +24,7 @@ from pathlib import Path
 
 import hydra
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -189,6 +190,8 @@ def main(config: DictConfig) -> None:
         return
     with home.claim(config, world.rank):
         run(config, world, data, task)
+    if dist.is_initialized():  # torch now and then aborts an interpreter that ends with its process group
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

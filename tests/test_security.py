@@ -155,14 +155,13 @@ def test_a_decompression_bomb_is_an_error_that_names_the_file(tmp_path, width):
 def test_a_truncated_image_is_refused_by_name(tmp_path, form):
     data = encoded(form)
     images = folder_with(tmp_path, data[: len(data) // 2])
-    with pytest.raises((OSError, ValueError)) as error:
+    with pytest.raises(ValueError, match=f"cannot read {tmp_path / 'train' / 'cat' / 'a.png'}: "):
         images[0]
-    assert str(tmp_path / "train" / "cat" / "a.png") in error.value.__notes__[0]
 
 
 @pytest.mark.parametrize("form", ["EPS", "GIF", "ICO"])
 def test_other_formats_are_not_decoded_whatever_the_file_is_called(tmp_path, form):
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(ValueError, match=r"cannot read .*a\.png: cannot identify"):
         folder_with(tmp_path, encoded(form))[0]
 
 

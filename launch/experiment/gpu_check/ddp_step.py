@@ -43,7 +43,7 @@ def compare(device: str, backend: str, share: bool) -> tuple[list[Row], list[str
             except Exception as problem:  # with the traceback of the rank
                 failures.append(f"DDP step, {dtype}: {str(problem).strip().splitlines()[-1]}")
                 continue
-            found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(_WORLD_SIZE)]
+            found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(_WORLD_SIZE)]
         truth = _one_process()
         for name, value in truth.items():
             error = max(error_of(state[name], value) for state in found)
