@@ -135,7 +135,10 @@ def train_resnet(rank, world_size, arch, together):
     return y.detach(), gradients, dict(model.state_dict()), len(seen.seen)
 
 
-@pytest.mark.parametrize(("arch", "num_apart", "num_together"), [("resnet18", 40, 34), ("resnet50", 106, 98)])
+@pytest.mark.parametrize(
+    ("arch", "num_apart", "num_together"),
+    [("resnet18", 40, 34), pytest.param("resnet50", 106, 98, marks=pytest.mark.slow)],
+)
 def test_residual_blocks_exchange_less_and_compute_the_same(run, torchvision, arch, num_apart, num_together):
     apart, together = (run(train_resnet, 2, arch, flag, timeout=120) for flag in (False, True))
     for one, other in zip(apart, together, strict=True):

@@ -79,7 +79,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "norm"), [(1, "syncbn"), (2, "syncbn"), pytest.param(2, "gn", marks=pytest.mark.slow)]
+    ("num_ranks", "norm"),
+    [pytest.param(1, "syncbn", marks=pytest.mark.slow), (2, "syncbn"), pytest.param(2, "gn", marks=pytest.mark.slow)],
 )
 def test_the_users_command(tmp_path, num_ranks, norm):
     done = launch(tmp_path, f"+norm={norm}", *SMALL, num_ranks=num_ranks)

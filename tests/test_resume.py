@@ -287,8 +287,8 @@ def test_two_runs_in_one_folder(here, monkeypatch):  # noqa: F811
     "extra",
     [
         ["data.accumulate=2", "trainer.max_steps=7", "+data.num_workers=1"],
-        ["trainer.precision=64-true"],
-        ["+trainer.val_check_interval=2"],
+        pytest.param(["trainer.precision=64-true"], marks=SLOW),
+        pytest.param(["+trainer.val_check_interval=2"], marks=SLOW),
         pytest.param(["trainer.precision=bf16-true"], marks=SLOW),
         pytest.param(["trainer.precision=bf16-mixed"], marks=SLOW),
         pytest.param(["simulate=2"], marks=SLOW),

@@ -136,6 +136,7 @@ def left_by(pid):
     return [path.name for path in network.NAMESPACES.glob(f"syncbn-{pid}-*")]
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_delayed(hosts):
     rows = scale.measure(configured())
     found = [(row["network"], row["delay_ms"], row["world_size"]) for row in rows if row["kind"] == "point"]

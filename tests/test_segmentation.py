@@ -44,7 +44,7 @@ def step(rank, world_size, name, sizes):
     ("name", "sizes"),
     [
         ("deeplabv3_mobilenet_v3_large", [1, 1]),
-        ("deeplabv3_mobilenet_v3_large", [1, 2, 1]),
+        pytest.param("deeplabv3_mobilenet_v3_large", [1, 2, 1], marks=pytest.mark.slow),
         pytest.param("deeplabv3_resnet50", [1, 1], marks=pytest.mark.slow),
     ],
     ids=str,
