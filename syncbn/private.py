@@ -23,7 +23,7 @@ assert_in_graph = getattr(torch, "_assert_async", lambda *_: None)
 
 _has_backend_name = hasattr(dist.ProcessGroup, "_get_backend_name")
 _get_backend: Any = getattr(dist.ProcessGroup, "_get_backend", None)
-_world = getattr(dist.distributed_c10d, "_world", None)
+_has_world = hasattr(dist.distributed_c10d, "_world")  # which tests replace
 _get_default_store = getattr(dist.distributed_c10d, "_get_default_store", None)
 _has_active_ddp = hasattr(DistributedDataParallel, "_active_ddp_module")
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
@@ -36,7 +36,7 @@ def backend_name(group: Any) -> str:
 
 def known_groups() -> list[Any] | None:
     """Return all process groups there are, None if that cannot be known: then of pickled layers only the world."""
-    return None if _world is None else list(_world.pg_map)
+    return list(dist.distributed_c10d._world.pg_map) if _has_world else None
 
 
 def timeout_of(group: Any) -> timedelta | None:
