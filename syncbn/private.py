@@ -23,7 +23,7 @@ assert_in_graph = getattr(torch, "_assert_async", lambda *_: None)
 
 _has_backend_name = hasattr(dist.ProcessGroup, "_get_backend_name")
 _get_backend: Any = getattr(dist.ProcessGroup, "_get_backend", None)
-_has_world = hasattr(dist.distributed_c10d, "_world")  # which tests replace
+_has_world = hasattr(dist.distributed_c10d, "_world")  # looked up at each call: ranks that are threads have one each
 _get_default_store = getattr(dist.distributed_c10d, "_get_default_store", None)
 _has_active_ddp = hasattr(DistributedDataParallel, "_active_ddp_module")
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
