@@ -1,12 +1,13 @@
-"""Check the CUDA path on a GPU: numbers, waits, launches, time, memory, CUDA graph and compile, within ten minutes.
+"""Check the CUDA path on a GPU: numbers, waits, launches, time, memory, CUDA graph and compile.
 
     python launch/gpu_check.py                              # on a machine with a CUDA GPU
     python launch/gpu_check.py --parts primitives,layer     # some parts
     python launch/gpu_check.py --device cpu                 # what a CPU can run: a test of this program
 
 torch, Triton, pytest and numpy are enough, and the tree need not be installed. Each part is a process of its own with
-its own time limit; one that fails is reported, and the others go on. `output_dir` receives gpu_check.md,
-gpu_check.json, and a log for each part. The exit code is 0 if nothing failed, 1 if a part failed, 2 if nothing ran.
+its own time limit; one that fails is reported, and the others go on. `output_dir` receives gpu_check.md and
+gpu_check.json, written anew after each part, and a log for each. The limits add up to some 20 minutes; how long it
+takes on a GPU is not known yet. The exit code is 0 if nothing failed, 1 if a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations

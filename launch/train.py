@@ -33,7 +33,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 import syncbn
-from syncbn.compat import DDP_OPTIONS
+from syncbn.compat import DDP_OPTIONS, destroy_process_group
 from syncbn.experiment import arms, cell, home, memory_format, nets, report
 from syncbn.experiment.batches import World
 from syncbn.experiment.checkpoints import WholeFiles
@@ -191,7 +191,7 @@ def main(config: DictConfig) -> None:
     with home.claim(config, world.rank):
         run(config, world, data, task)
     if dist.is_initialized():  # torch now and then aborts an interpreter that ends with its process group
-        dist.destroy_process_group()
+        destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from .batchnorm import SyncBatchNorm, forward_coalesced
+from .private import has_global_hooks
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -90,7 +90,7 @@ def _is_watched(layer: SyncBatchNorm) -> bool:
     """Whether a call of the layer does more than its class's forward."""
     if type(layer).forward is not SyncBatchNorm.forward or "forward" in layer.__dict__:
         return True
-    return _has_hooks(layer) or any(getattr(nn_module, f"_global{hooks}", None) for hooks in _HOOKS)
+    return _has_hooks(layer) or has_global_hooks()
 
 
 def _has_hooks(module: nn.Module) -> bool:

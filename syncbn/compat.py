@@ -1,6 +1,8 @@
 """What differs between the versions of torch that syncbn supports; each entry names the versions that need it."""
 
+import inspect
 import re
+import time
 from typing import Any
 
 import torch
@@ -35,11 +37,18 @@ _version = check_version(torch.__version__)
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 # Before torch 2.13: DDP cannot be told to copy the buffers at construction and not before every forward pass.
-HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in DistributedDataParallel.__init__.__code__.co_varnames
+HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers": False} if HAS_FORWARD_SYNC_BUFFERS else {}
 
 # Before torch 2.13: headers that step.cpp was not written for.
 BUILDS_STEP = _version >= (2, 13)
+
+
+def destroy_process_group() -> None:
+    """Destroy all process groups. torch 2.6: gloo's threads may need the GIL, which this holds while it joins them."""
+    if _version < (2, 7):
+        time.sleep(0.02)  # so that they let go of the last tensors
+    dist.destroy_process_group()
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from .batchnorm import SyncBatchNorm
 from .coalesce import separate
 from .collectives import GroupSpec, ProcessGroupLike, make_groups
 from .norms import Norm
+from .private import is_compiled
 from .rules import PlanRow, Step, Target, decide, is_family
 from .swap import original_of, to_batchnorm, turn_back
 
@@ -166,7 +167,7 @@ def _step(names: list[str], layer: nn.Module, target: Target, include: list[str]
     """Plan one module; None if it is no layer of the BatchNorm family."""
     row = PlanRow(names[0], type(layer).__name__, None, "")
     wrapper = next((base.__name__ for base in type(layer).__mro__ if base.__name__ in _WRAPPERS), None)
-    if getattr(layer, "_compiled_call_impl", None) is not None:
+    if is_compiled(layer):
         wrapper = "torch.compile"
     if wrapper is not None:
         step = decide(names[0], layer, target) if is_family(layer) else None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .private import active_ddp
+from .private import active_ddp, joins
 
 _told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -35,14 +35,13 @@ def check_in(is_subgroup_layer: Callable[[nn.Module], bool] | None) -> None:
     ddp = None if torch.compiler.is_compiling() else active_ddp()
     if ddp is None:
         return
-    if getattr(getattr(ddp, "_join_config", None), "enable", False):
+    if joins(ddp):
         raise ValueError(
             "SyncBatchNorm cannot run under DDP.join(): a rank without data would not take part in the layers' "
             "exchanges. Give every rank the same number of steps; its batch may be smaller, or empty."
         )
     if is_subgroup_layer is None or ddp in _told:
         return
-    _told.add(ddp)
     try:
         ignored, assign = ddp.parameters_to_ignore, ddp._assign_modules_buffers
     except AttributeError as error:
@@ -52,9 +51,11 @@ def check_in(is_subgroup_layer: Callable[[nn.Module], bool] | None) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+        _told.add(ddp)
         return
     for name, layer in ddp.module.named_modules(remove_duplicate=False):
         if is_subgroup_layer(layer):
             prefix = f"{name}." if name else ""
             ignored.update(prefix + buffer for buffer, _ in layer.named_buffers(recurse=False))
     assign()
+    _told.add(ddp)

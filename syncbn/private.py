@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules import module as nn_module
 from torch.nn.parallel import DistributedDataParallel
 
 from .compat import all_gather_single
@@ -23,8 +24,9 @@ assert_in_graph = getattr(torch, "_assert_async", lambda *_: None)
 
 _has_backend_name = hasattr(dist.ProcessGroup, "_get_backend_name")
 _get_backend: Any = getattr(dist.ProcessGroup, "_get_backend", None)
-_has_world = hasattr(dist.distributed_c10d, "_world")  # looked up at each call: ranks that are threads have one each
-_get_default_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+_c10d: Any = getattr(dist, "distributed_c10d", None)  # not in a torch without distributed
+_has_world = hasattr(_c10d, "_world")  # looked up at each call: ranks that are threads have one each
+_get_default_store = getattr(_c10d, "_get_default_store", None)
 _has_active_ddp = hasattr(DistributedDataParallel, "_active_ddp_module")
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
 
@@ -36,7 +38,7 @@ def backend_name(group: Any) -> str:
 
 def known_groups() -> list[Any] | None:
     """Return all process groups there are, None if that cannot be known: then of pickled layers only the world."""
-    return list(dist.distributed_c10d._world.pg_map) if _has_world else None
+    return list(_c10d._world.pg_map) if _has_world else None
 
 
 def timeout_of(group: Any) -> timedelta | None:
@@ -64,6 +66,22 @@ def default_store() -> Any:
 def active_ddp() -> Any:
     """Return the DDP module whose forward pass runs; None if there is none, or if that cannot be known."""
     return getattr(DistributedDataParallel, "_active_ddp_module", None) if _has_active_ddp else None
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks on all modules are registered; True if that cannot be known."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(nn_module, f"_global_{kind}", True) for kind in kinds)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether ``module.compile()`` was called; False if that cannot be known."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def joins(ddp: Any) -> bool:
+    """Whether a DDP module runs under ``join()``; False if that cannot be known: then a rank waits for the others."""
+    return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
 
 
 def gather_in_graph(packed: Tensor, group: Any) -> Tensor:

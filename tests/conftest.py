@@ -15,7 +15,11 @@ OPTIONAL = {  # packages that an environment of `make test-versions` may lack
     "timm": "timm is not installed",
     "lightning": "lightning is not installed",
 }
-OF_OLD_TORCH = {"DDP has no forward_sync_buffers before torch 2.13", "torch 2.6 has no fully_shard for the CPU"}
+OF_OLD_TORCH = {
+    "DDP has no forward_sync_buffers before torch 2.13",
+    "torch 2.6 has no fully_shard for the CPU",
+    "step.cpp is not built before torch 2.13",
+}
 # No Python packages: they come with the operating system, or do not.
 ANYWHERE = {
     "chromium is not installed",

@@ -157,6 +157,8 @@ def _call(rank, function, world_size, args, store, timeout, device):
     import torch
     import torch.distributed as dist
 
+    from syncbn.compat import destroy_process_group
+
     torch.manual_seed(0)
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
     if num_gpus:
@@ -174,6 +176,4 @@ def _call(rank, function, world_size, args, store, timeout, device):
         return function(rank, world_size, *args)
     finally:
         if dist.is_initialized():
-            if torch.__version__.startswith("2.6."):
-                time.sleep(0.02)  # destroying joins gloo's thread, which may need the GIL to let go of a last tensor
-            dist.destroy_process_group()
+            destroy_process_group()

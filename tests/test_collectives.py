@@ -12,7 +12,7 @@ from oracle import compare, make_case, run_case, truth
 from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
-from syncbn.collectives import groups
+from syncbn.collectives import exchange, groups
 
 
 def members(layer):
@@ -267,3 +267,22 @@ def tell(rank, world_size):
 def test_ranks_tell_each_other_text_not_pickles(run):
     told = [[[2, "node"] * rank, f'höst "{rank}" \'\udc80\n' * rank] for rank in range(3)]
     assert run(tell, 3) == [told] * 3
+
+
+def sums_used_twice(rank, world_size, limit):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "gather_limit", lambda *_: limit)
+        x = torch.arange(1.0, 4.0).add(rank).requires_grad_()
+        dy = torch.full((3,), 1.0 + rank)
+        once, again = (exchange.all_reduce(x * 2, dist.group.WORLD) for _ in range(2))
+        (dx,) = torch.autograd.grad(once + again, x, dy, create_graph=True)
+        return once.detach(), dx.detach(), dy
+
+
+@pytest.mark.parametrize("limit", [0, 2**20], ids=["all_reduce", "gather"])
+def test_the_gradient_of_a_sum_leaves_the_gradient_it_gets(run, limit):
+    """One gradient that two sums receive: an all_reduce in place would change it for the second."""
+    for rank, (summed, dx, dy) in enumerate(run(sums_used_twice, 2, limit)):
+        assert summed.tolist() == [6, 10, 14]
+        assert dx.tolist() == [2 * 2 * (1 + 2)] * 3  # each rank's gradient, summed, of both sums
+        assert dy.tolist() == [1 + rank] * 3

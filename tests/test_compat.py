@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 import syncbn
-from syncbn import compat, ddp
+from syncbn import compat, ddp, private
 
 ROOT = Path(syncbn.__file__).parents[1]
 
@@ -69,6 +69,15 @@ def test_what_ddp_hides_is_a_warning(monkeypatch):
         ddp.check_in(lambda layer: True)
     ddp.check_in(lambda layer: True)  # said once: a warning would be an error here
     ddp.check_in(None)
+
+
+def test_modules_without_private_names(monkeypatch):
+    """What stands on a module of the user's, and not in torch itself."""
+    assert not private.is_compiled(object())
+    assert not private.joins(object())
+    assert not private.has_global_hooks()
+    monkeypatch.delattr("torch.nn.modules.module._global_forward_hooks")
+    assert private.has_global_hooks()  # it may be: a layer that is watched runs by itself
 
 
 def private_names(path):

@@ -256,7 +256,7 @@ def test_ranks_share_gpus_on_gloo(monkeypatch, tmp_path, device, num_gpus, world
 @pytest.mark.slow
 def test_every_part_on_the_cpu(tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "gpu_check.py"), "--device", "cpu", "--output-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert [record["name"] for record in records] == [p.name for p in parts.PARTS]
@@ -270,7 +270,7 @@ def test_every_part_on_the_cpu(tmp_path):
 def test_the_cuda_branches_on_stand_ins():
     names = ["machine", "primitives", "nccl_one", "determinism", "host_waits", "launches", "layer", "step", "memory"]
     command = [sys.executable, str(HERE / "gpu_stand_ins.py"), *names, "cuda_graph"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=600)
     assert done.returncode == 0, done.stderr
     *records, graph = json.loads(done.stdout.splitlines()[-1])
     assert {record["name"]: record["failures"] for record in records} == {name: [] for name in names}

@@ -37,7 +37,7 @@ def test_only_affected_nets_on_affected_cpus_stay_contiguous(net, is_affected, l
     chosen, note = memory_format.choose(net, "cpu")
     expected = torch.contiguous_format if is_affected and limit == "avx2" else torch.channels_last
     assert chosen == expected
-    assert ("no AVX-512" in note) == (chosen == torch.contiguous_format)
+    assert ("without AVX-512" in note) == (chosen == torch.contiguous_format)
     assert "\n" not in note
     assert memory_format.choose(net, "gpu") == (torch.channels_last, "")
 

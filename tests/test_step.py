@@ -14,14 +14,16 @@ from torch._dynamo import compiled_autograd
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from versions import BUILDS_STEP
 
 import syncbn
 from syncbn import step
 from syncbn.kernels import build, compiler
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler is installed"
-)
+pytestmark = [
+    BUILDS_STEP,
+    pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler is installed"),
+]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 

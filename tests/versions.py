@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from syncbn.compat import HAS_FORWARD_SYNC_BUFFERS
+from syncbn import compat
 
 IS_DEVELOPMENT = torch.__version__.startswith("2.14.")  # the pinned version, where every package is there
 
@@ -12,12 +12,15 @@ SHARDS_ON_CPU = pytest.mark.skipif(VERSION < (2, 7), reason="torch 2.6 has no fu
 # torch 2.6 repeats the exchanges of the forward graph in the backward graph and throws the results away.
 GRAPH_REPEATS_EXCHANGES = VERSION < (2, 7)
 
+BUILDS_STEP = pytest.mark.skipif(not compat.BUILDS_STEP, reason="step.cpp is not built before torch 2.13")
+
 # Keyword arguments of DistributedDataParallel, as parameters of a test.
 ONE_COPY_OF_BUFFERS = pytest.param(
     {"forward_sync_buffers": False},
-    marks=pytest.mark.skipif(not HAS_FORWARD_SYNC_BUFFERS, reason="DDP has no forward_sync_buffers before torch 2.13"),
+    marks=pytest.mark.skipif(
+        not compat.HAS_FORWARD_SYNC_BUFFERS, reason="DDP has no forward_sync_buffers before torch 2.13"
+    ),
 )
-
 
 # What other versions of other packages may say; our own code is checked with the pins.
 MAY_WARN = [f"ignore::{name}" for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")]

@@ -33,7 +33,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(dy, ctx.group), None
+        return _Sum.apply(dy, ctx.group), None  # dy belongs to autograd: it must not be overwritten
 
 
 class Exchange:

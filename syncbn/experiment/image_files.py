@@ -27,11 +27,12 @@ class ImageFiles(Sequence[Tensor]):
         return len(self.folder)
 
     def __getitem__(self, index: Any) -> Any:
+        from PIL import Image
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         try:
             return pil_to_tensor(self.folder[index][0])
-        except Exception as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read {self.folder.samples[index][0]}: {error}") from error
 
 

@@ -27,7 +27,7 @@ def choose(net: nn.Module, accelerator: str) -> tuple[torch.memory_format, str]:
     if on_gpu or not layers or _has_avx512():
         return torch.channels_last, ""
     return torch.contiguous_format, (
-        f"contiguous instead of channels last: on this CPU, which has no AVX-512, oneDNN's gradient of {layers[0]} "
+        f"contiguous instead of channels last: without AVX-512, as here, oneDNN's gradient of {layers[0]} "
         "(1x1, strided, fewer than 8 input channels) is wrong in channels last"
     )
 

@@ -57,8 +57,9 @@ def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str 
                 return ctypes.CDLL(str(found))
             except OSError as error:
                 problem = error
-        if notice:  # too long for every process; the folder's system runs nothing, or the library misses something
-            _refusal(library).write_text(f"expected {library} to load, got {problem}")
+        if notice:  # too long to build for every process
+            if "undefined symbol" in str(problem):  # the linker's error, seen late
+                _refusal(library).write_text(f"expected {library} to load, got {problem}")
             raise OSError(f"expected {library} to load, got {problem}") from problem
     with tempfile.TemporaryDirectory(prefix="syncbn-", ignore_cleanup_errors=True) as private:
         return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
@@ -108,10 +109,9 @@ def _find_or_build(command: list[str], source: Path, library: Path, notice: str,
 def _build_once(command: list[str], source: Path, library: Path, notice: str, start: float) -> None:
     """Build, but not what the compiler has refused, nor what took too long while this process waited for it."""
     refusal, timeout = _refusal(library), library.with_suffix(".timeout")
+    forget = f"(not tried again for a day; to forget it: rm {shlex.quote(str(refusal))})"
     if _age(refusal) < _MEMORY:
-        raise RuntimeError(
-            f"{refusal.read_text()} (not tried again for a day; to forget it: rm {shlex.quote(str(refusal))})"
-        )
+        raise RuntimeError(f"{refusal.read_text()} {forget}")
     if _age(timeout) < time.time() - start:
         raise TimeoutError(timeout.read_text())
     if notice:
@@ -120,7 +120,7 @@ def _build_once(command: list[str], source: Path, library: Path, notice: str, st
         _build(command, source, library)
     except compiler.RefusedError as error:
         refusal.write_text(str(error))
-        raise
+        raise RuntimeError(f"{error} {forget}") from error
     except TimeoutError as error:
         timeout.write_text(str(error))
         raise

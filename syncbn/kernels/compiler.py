@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -11,8 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 TIMEOUT = 300  # seconds
-# What compilers and linkers print when not the source but the machine was at fault.
-_OF_THE_MACHINE = ("signal terminated program", "unable to execute command", "no space left", "cannot allocate memory")
+# What compilers and linkers print of the source; without it the machine was at fault: memory, disk, a signal.
+_OF_THE_SOURCE = re.compile(
+    r":\d+: error: |fatal error: [^\n]*no such file|undefined (reference|symbol)|symbol\(s\) not found", re.IGNORECASE
+)
 _FLAGS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 if platform.system() == "Linux":
     _FLAGS += ("-Wl,-Bsymbolic", "-Wl,--no-as-needed")  # names of our own first; libraries named before the source
@@ -46,8 +49,8 @@ def run(command: list[str]) -> str:
     """Run a compiler, and return what it prints.
 
     Raises:
-        RefusedError: If it ends with an error of its own, which would come again.
-        RuntimeError: If it was killed, or lacked memory or disk.
+        RefusedError: If it refuses the source, which it would do again.
+        RuntimeError: If it fails otherwise: killed, out of memory, a full disk.
         TimeoutError: If it took longer than `TIMEOUT` seconds.
     """
     with subprocess.Popen(
@@ -56,6 +59,7 @@ def run(command: list[str]) -> str:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        env={**os.environ, "LC_ALL": "C"},  # in English
         start_new_session=True,
     ) as process:
         try:
@@ -69,7 +73,7 @@ def run(command: list[str]) -> str:
     if process.returncode:
         said = errors.strip()[-1000:]
         message = f"expected `{shlex.join(command)}` to succeed, got exit code {process.returncode}: {said}"
-        is_refused = process.returncode > 0 and not any(text in errors.lower() for text in _OF_THE_MACHINE)
+        is_refused = process.returncode > 0 and _OF_THE_SOURCE.search(errors) is not None
         raise (RefusedError if is_refused else RuntimeError)(message)
     return output
 

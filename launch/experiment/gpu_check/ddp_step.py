@@ -14,8 +14,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from syncbn.compat import destroy_process_group
 
-from .groups import destroy
 from .inputs import draw, error_of
 from .outcome import Row
 
@@ -100,4 +100,4 @@ def _on_rank(rank: int, device: str, backend: str, share: bool, dtype: torch.dty
     batches = [[t[mine].to(device, dtype) for t in _batch(step)] for step in range(_NUM_STEPS)]
     found = _train(model, [(x, weights) for x, weights in batches])
     torch.save({name.removeprefix("module."): value for name, value in found.items()}, Path(folder) / f"{rank}.pt")
-    destroy()
+    destroy_process_group()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -16,17 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.collectives import GroupSpec
+from syncbn.compat import destroy_process_group
 
 FAKE_WORLD_SIZE = 8
-
-
-def destroy() -> None:
-    """Destroy the process group, once the threads of gloo have let go of its last tensors.
-
-    In torch 2.6 they need Python's lock for that, which the end of the group holds while it waits for them.
-    """
-    time.sleep(0.02)
-    dist.destroy_process_group()
 
 
 @contextmanager
@@ -48,7 +39,7 @@ def fake_group() -> Iterator[None]:
         with mock.patch.multiple(dist, **stand_ins):
             yield
     finally:
-        destroy()
+        destroy_process_group()
 
 
 def _resolve(spec: GroupSpec) -> Any:
@@ -77,4 +68,4 @@ def group_of_one(device: str) -> Iterator[None]:
             if device == "cuda":
                 with suppress(RuntimeError):  # of a part that failed: its own error says more
                     torch.cuda.synchronize()  # nothing is under way when the group goes
-            destroy()
+            destroy_process_group()

@@ -23,8 +23,8 @@ _SHAPES: tuple[tuple[str, tuple[int, ...], float], ...] = (  # layout, shape, me
     ("contiguous", (3, 4, 2, 3, 4), 0.5),
     ("channels_last", (3, 4, 2, 3, 4), 0.5),
     ("contiguous", (9, 5, 1, 1), 0.5),
-    ("contiguous", (4, 3, 16, 16), 100.0),  # mean/std up to which float32 promises 2e-5
-    ("channels_last", (4, 3, 16, 16), 100.0),
+    ("contiguous", (4, 3, 16, 16), 50.0),  # mean/std up to 100 by channel, up to which float32 promises 2e-5
+    ("channels_last", (4, 3, 16, 16), 50.0),
     ("contiguous", (8, 32, 56, 56), 0.5),  # sums of many values, several blocks of a kernel
     ("channels_last", (8, 32, 56, 56), 0.5),
 )
