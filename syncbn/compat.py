@@ -40,6 +40,13 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dis
 HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers": False} if HAS_FORWARD_SYNC_BUFFERS else {}
 
+
+def copy_buffers_once(ddp: DistributedDataParallel) -> None:
+    """Let DDP, now constructed, copy no buffers before its forward passes. Before torch 2.13: DDP_OPTIONS is empty."""
+    if not HAS_FORWARD_SYNC_BUFFERS:
+        ddp.broadcast_buffers = False
+
+
 # Before torch 2.13: headers that step.cpp was not written for.
 BUILDS_STEP = _version >= (2, 13)
 

@@ -186,7 +186,7 @@ def test_equal_rows_give_equal_files(page, tmp_path):
     assert {"index.html", "results.csv", "summary.csv", "plots/error_4_ranks.png", "plots/error_4_ranks.svg"} < names
     assert "plots/loss_4_ranks_8_per_rank.png" in names
     picture = matplotlib.image.imread(page.parent / "plots" / "error_4_ranks.png")
-    assert picture.shape == (720, 920, 4)
+    assert picture.shape in [(720, 920, 4), (720, 919, 4)]  # matplotlib 3.8 rounds down
 
 
 @pytest.mark.parametrize(

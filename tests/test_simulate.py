@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from syncbn.compat import DDP_OPTIONS
+from syncbn.compat import DDP_OPTIONS, copy_buffers_once
 from syncbn.experiment.batches import BatchPlan
 from syncbn.experiment.exactness import check_exact
 from syncbn.experiment.nets import ResNet8
@@ -96,6 +96,7 @@ def train_rank(rank, world_size, model, arm, accumulate, per_rank):
     plan = BatchPlan(per_rank, world_size, accumulate)
     task = make(model, arm)
     wrapped = DistributedDataParallel(task, **DDP_OPTIONS)
+    copy_buffers_once(wrapped)
     optimizer = torch.optim.SGD(task.parameters(), 0.1, 0.9)
     for images, labels in zip(*draw(plan), strict=True):
         for indices in plan.deal(torch.arange(plan.global_batch_size), rank):

@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from syncbn.compat import copy_buffers_once
 from syncbn.experiment.schedule import scale_lr, warmup_cosine
 
 
@@ -89,6 +91,8 @@ class Task(L.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Remember the step this run starts from: not 0 if it starts from a checkpoint of another run."""
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            copy_buffers_once(self.trainer.strategy.model)
         if self.first_step is None:
             self.first_step = self.trainer.global_step
 

@@ -23,7 +23,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 def ignore_missing_glyphs() -> Iterator[None]:
     """Draw a box for a letter that matplotlib's font lacks; a browser has a font for it."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield
 
 
