@@ -260,6 +260,7 @@ def test_peak_of_a_step_in_a_fresh_process():
     assert [len(table.rows) for table in memory.tabulate(rows)] == [2, 1]
 
 
+@pytest.mark.slow
 def test_the_users_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "bench.py"), "parts=[layer,step]", *TINY])

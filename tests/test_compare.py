@@ -142,6 +142,7 @@ def test_the_same_command_runs_nothing_again(here, monkeypatch, capfd):
     assert "1/4" not in capfd.readouterr().out.split("report:")[1]
 
 
+@pytest.mark.slow
 def test_a_larger_grid_goes_on_from_the_smaller(here, monkeypatch):
     assert compare(monkeypatch, *FOUR, "output_dir=out") == 0
     before = (here / "out" / "results.jsonl").read_bytes()
@@ -170,6 +171,7 @@ def test_results_of_another_grid_are_kept(here, monkeypatch, capfd, arguments, m
     assert (here / "out" / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_results_of_other_versions_are_not_added_to(here, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         patch.setenv("QUICK_VERSIONS", json.dumps({**report.versions(), "torch": "1.0"}))

@@ -263,7 +263,11 @@ def miss(rank, world_size, does):
         return message
 
 
-@pytest.mark.parametrize("does", [stops, raises_in_its_own_forward, runs_in_eval_mode], ids=lambda does: does.__name__)
+@pytest.mark.parametrize(
+    "does",
+    [runs_in_eval_mode, *(pytest.param(does, marks=pytest.mark.slow) for does in (stops, raises_in_its_own_forward))],
+    ids=lambda does: does.__name__,
+)
 def test_a_missing_rank_is_named_with_what_it_did_last(run, does):
     *others, late = [message for i, message in sorted(enumerate(run(miss, 3, does)), key=lambda pair: pair[0] == ODD)]
     last = "norm2 (Net), forward in eval mode" if does is runs_in_eval_mode else "norm1 (Net), forward, 6 channels"

@@ -53,6 +53,7 @@ def agree(tmp_path, monkeypatch, num_ranks, *overrides):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
 def test_real_and_simulated_ranks_agree(tmp_path, monkeypatch):
     sizes = ["data.per_rank_batch_size=3", "data.accumulate=2"]

@@ -139,6 +139,7 @@ def test_killed_while_a_checkpoint_takes_its_place(here, whole, num_done, step):
         assert_same_run(here / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(here, whole, capsys):  # noqa: F811
     with killed(Task, "training_step", at_step(7)):
         train("+norm=bn", "run_dir=run")
@@ -501,7 +502,7 @@ def train_as_rank(rank, world_size, folder, steps, *overrides):
     [
         pytest.param(2, "bn", [], marks=SLOW),
         pytest.param(2, "syncbn", [], marks=SLOW),
-        (4, "syncbn_2", ["trainer.precision=64-true"]),
+        pytest.param(4, "syncbn_2", ["trainer.precision=64-true"], marks=SLOW),
         pytest.param(4, "syncbn", [], marks=SLOW),
     ],
 )

@@ -146,7 +146,7 @@ def trained_apart(rank, world_size):
     return taken, layer.running_mean.tolist(), layer.running_var.tolist()
 
 
-@pytest.mark.parametrize("world_size", [4, 5, 6])
+@pytest.mark.parametrize("world_size", [4, *(pytest.param(w, marks=pytest.mark.slow) for w in (5, 6))])
 def test_all_ranks_have_the_same_bits_whoever_takes_the_step(run, world_size):
     taken, *statistics = zip(*run(trained_apart, world_size), strict=True)
     assert list(taken) == [{rank not in (1, 2)} for rank in range(world_size)]
