@@ -12,6 +12,7 @@ from oracle import compare, make_case, run_case, truth
 from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
+from syncbn import compat
 from syncbn.collectives import exchange, groups
 
 
@@ -112,7 +113,7 @@ def new_world(rank, world_size, path):
     """A process group destroyed under the layer and made anew: int specs find new groups."""
     layer = syncbn.SyncBatchNorm(2, process_group=2)
     first = members(layer)
-    dist.destroy_process_group()
+    compat.destroy_process_group()
     alone = layer(torch.randn(4, 2))  # no process group: plain BatchNorm
     dist.init_process_group("gloo", store=dist.FileStore(path, world_size), rank=rank, world_size=world_size)
     return first, tuple(alone.shape), members(layer)
@@ -149,7 +150,7 @@ def after_destroying(rank, world_size):
     model = torch.nn.Sequential(syncbn.SyncBatchNorm(2, process_group=dist.new_group([0, 1])))
     everyone = syncbn.SyncBatchNorm(2, process_group=dist.group.WORLD)
     model(torch.randn(2, 2))
-    dist.destroy_process_group()
+    compat.destroy_process_group()
     assert "ranks [0, 1]" in repr(model)
     assert "ranks [0, 1]" in repr(copy.deepcopy(everyone))
     again = pickle.loads(pickle.dumps(model))

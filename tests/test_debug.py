@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from syncbn import compat
 from syncbn.collectives import board as board_module
 from syncbn.compat import DDP_OPTIONS
 from syncbn.debug import OrderError, check_order
@@ -397,7 +398,7 @@ def leave(rank, world_size, direction, kernels):
         y = model["norm"](x) if direction == "backward" else None
         dist.barrier()
         if rank == ODD:
-            dist.destroy_process_group()
+            compat.destroy_process_group()
             return None
         with pytest.raises(RuntimeError) as caught:
             model["norm"](x) if y is None else y.pow(3).sum().backward()
@@ -421,7 +422,7 @@ def remake(rank, world_size, path):
     """Two worlds on one store; the second must not read the rows of the first."""
     model = syncbn.convert(Net())
     dist.barrier()  # all are connected
-    dist.destroy_process_group()
+    compat.destroy_process_group()
     for world in range(2):
         store = dist.PrefixStore(f"world{world}", dist.FileStore(path, world_size))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -434,7 +435,7 @@ def remake(rank, world_size, path):
         finally:
             board_module._default_store = real
         dist.barrier()
-        dist.destroy_process_group()
+        compat.destroy_process_group()
 
 
 def test_a_process_group_made_anew_on_the_same_store(run, tmp_path):
@@ -445,7 +446,7 @@ def remake_after_use_by_one(rank, world_size, path):
     """In the first world rank 0 alone ran in eval mode under the check."""
     model, real = syncbn.convert(Net()), board_module._default_store
     dist.barrier()  # all are connected
-    dist.destroy_process_group()
+    compat.destroy_process_group()
     board_module._default_store = lambda: dist.FileStore(path, world_size)
     try:
         for world in range(2):
@@ -457,7 +458,7 @@ def remake_after_use_by_one(rank, world_size, path):
                 elif rank == 0:
                     model.eval()(batch(rank))
             dist.barrier()
-            dist.destroy_process_group()
+            compat.destroy_process_group()
     finally:
         board_module._default_store = real
 
@@ -471,7 +472,7 @@ def apart(rank, world_size):
     layer = syncbn.SyncBatchNorm(3, process_group=1 if rank == ODD else None)
     if rank == 0:
         dist.barrier()
-        dist.destroy_process_group()
+        compat.destroy_process_group()
         return None
     dist.barrier()
     with pytest.raises(RuntimeError) as caught:

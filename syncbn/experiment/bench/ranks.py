@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from syncbn.compat import destroy_process_group
+
 FAKE_WORLD_SIZE = 2
 PRELOAD = ["torch", "torch.distributed", "hydra", "syncbn.experiment.bench.report"]  # what launch/bench.py imports
 
@@ -130,7 +132,7 @@ def _real_group(rank: int, world_size: int, store: Path, setting: Setting) -> It
     )
     yield
     dist.barrier()
-    dist.destroy_process_group()
+    destroy_process_group()
 
 
 @contextmanager
@@ -145,4 +147,4 @@ def fake_group() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        destroy_process_group()
