@@ -25,7 +25,7 @@ class Original:
 
     cls: type[nn.Module]
     turned_into: type[nn.Module]
-    norm: tuple[Any, ...] | None = None  # the norm and its words (norms.key); None for "syncbn"
+    norm: tuple[Any, ...] | None = None  # the norm and its keyword arguments (norms.key); None for "syncbn"
     attributes: dict[str, Any] = field(default_factory=dict)  # taken away or overwritten
     added: list[str] = field(default_factory=list)  # attributes it did not have
     members: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameters, buffers, modules, if exchanged
@@ -83,7 +83,7 @@ def to_other(layer: nn.Module, new: nn.Module, norm: tuple[Any, ...], activate: 
     Args:
         layer: A layer of the BatchNorm family.
         new: A fresh module whose class, attributes, parameters, buffers and modules ``layer`` gets.
-        norm: The norm and its words, kept so that converting again to the same changes nothing.
+        norm: The norm and its keyword arguments, kept so that converting again to the same changes nothing.
         activate: Whether ``layer`` drops and activates after normalizing, as timm's fused layers do: kept as a hook,
             unless ``new`` activates too.
     """

@@ -208,7 +208,7 @@ def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueE
         try:
             check_size(value, world_size)
         except ValueError as error:
-            return error  # for whoever asks for these groups
+            return error  # raised where a layer needs these groups
         parts = [list(range(start, start + value)) for start in range(0, world_size, value)]
     if len(parts) == 1:
         return dist.group.WORLD
