@@ -3,14 +3,13 @@
 from . import compat as compat  # first: it refuses a torch that is too old
 from . import debug, functional
 from .audit import Audit, AuditRow, audit
-from .batchnorm import SyncBatchNorm
-from .coalesce import coalesce
-from .convert import convert, plan, revert
-from .freeze import freeze, unfreeze
-from .ghost import GhostBatchNorm
-from .kernels import use_kernels
-from .precise import average_bn_stats, update_bn_stats
-from .rules import PlanRow, register
+from .conversion.convert import convert, plan, revert
+from .conversion.rules import PlanRow, register
+from .nn.batchnorm import SyncBatchNorm
+from .nn.ghost import GhostBatchNorm
+from .ops.backends import use_kernels
+from .statistics.freeze import freeze, unfreeze
+from .statistics.precise import average_bn_stats, update_bn_stats
 
 __version__ = "0.1.0"
 
@@ -22,7 +21,6 @@ __all__ = [
     "SyncBatchNorm",
     "audit",
     "average_bn_stats",
-    "coalesce",
     "convert",
     "debug",
     "freeze",

@@ -19,11 +19,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .collectives import ProcessGroupLike
-from .convert import convert, plan, revert
-from .norms import Norm
-from .precise import run_first, update_bn_stats
-from .swap import original_of
+from .conversion.convert import convert, plan, revert
+from .conversion.norms import Norm
+from .conversion.swap import original_of
+from .distributed.groups import ProcessGroupLike
+from .statistics.precise import run_first, update_bn_stats
 
 
 class NormConverter(Callback):

@@ -2,6 +2,8 @@
 
 import importlib.util
 from datetime import timedelta
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from .compat import all_gather_single
 # Without these: plain operators, no C++ kernels.
 are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+jit_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
 # Without it: a recomputation counts as a forward pass.
 running_backward = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 # Without it, as in torch 2.6: a recomputation repeats the exchange.
@@ -22,18 +25,17 @@ top_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_defaul
 # Without it: a global count of 1 is not refused in a graph of torch.compile.
 assert_in_graph = getattr(torch, "_assert_async", lambda *_: None)
 
+# The name of a group's backend; the private look-up is quicker.
 _has_backend_name = hasattr(dist.ProcessGroup, "_get_backend_name")
+backend_name: Any = methodcaller("_get_backend_name") if _has_backend_name else dist.get_backend
+# The DDP module whose forward pass runs; None if there is none, or if that cannot be known.
+_has_active_ddp = hasattr(DistributedDataParallel, "_active_ddp_module")
+active_ddp: Any = partial(getattr, DistributedDataParallel if _has_active_ddp else None, "_active_ddp_module", None)
 _get_backend: Any = getattr(dist.ProcessGroup, "_get_backend", None)
 _c10d: Any = getattr(dist, "distributed_c10d", None)  # not in a torch without distributed
 _has_world = hasattr(_c10d, "_world")  # looked up at each call: ranks that are threads have one each
 _get_default_store = getattr(_c10d, "_get_default_store", None)
-_has_active_ddp = hasattr(DistributedDataParallel, "_active_ddp_module")
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
-
-
-def backend_name(group: Any) -> str:
-    """Return the name of a group's backend; the private look-up is quicker."""
-    return group._get_backend_name() if _has_backend_name else dist.get_backend(group)
 
 
 def known_groups() -> list[Any] | None:
@@ -61,11 +63,6 @@ def default_store() -> Any:
     if _get_default_store is None:
         raise AttributeError("torch.distributed.distributed_c10d has no _get_default_store")
     return _get_default_store()
-
-
-def active_ddp() -> Any:
-    """Return the DDP module whose forward pass runs; None if there is none, or if that cannot be known."""
-    return getattr(DistributedDataParallel, "_active_ddp_module", None) if _has_active_ddp else None
 
 
 def has_global_hooks() -> bool:

@@ -181,7 +181,7 @@ def coalesces_alone(rank, world_size):
 
     def shared(model, x):
         xs = [linear(x) for linear in model.linears]
-        return learn(syncbn.batchnorm.forward_coalesced([model.left, model.right], xs))
+        return learn(syncbn.nn.batchnorm.forward_coalesced([model.left, model.right], xs))
 
     return train(rank, shared, model)
 

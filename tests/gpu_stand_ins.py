@@ -21,7 +21,7 @@ from experiment.gpu_check import determinism, launches, layer, machine, parts, s
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from syncbn.collectives import exchange
+from syncbn.distributed import exchange
 
 
 class ToCpu(TorchFunctionMode):

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from versions import torch_norm
 
 import syncbn
-from syncbn.batchnorm import forward_coalesced
+from syncbn.nn.batchnorm import forward_coalesced
 
 MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
 from syncbn import compat
-from syncbn.collectives import exchange, groups
+from syncbn.distributed import exchange, groups, subgroups
 
 
 def members(layer):

@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 import syncbn
-from syncbn import compat, ddp, private
+from syncbn import compat, private
+from syncbn.distributed import ddp
 
 ROOT = Path(syncbn.__file__).parents[1]
 

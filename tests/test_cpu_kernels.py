@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import syncbn
 from syncbn import functional, kernels, moments, step
 from syncbn.kernels import fused, reference, selfcheck
-from syncbn.kernels.reference import per_channel, sum_dtype
+from syncbn.ops.reference import per_channel, sum_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SUM_DTYPES = [torch.float32, torch.float64]

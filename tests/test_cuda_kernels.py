@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import syncbn
 from syncbn import collectives, compat, functional, kernels, step
 from syncbn.kernels import cuda, reference, selfcheck
-from syncbn.kernels.reference import per_channel, sum_dtype
+from syncbn.ops.reference import per_channel, sum_dtype
 
 HALVES = (torch.float16, torch.bfloat16)
 # float64 and float32: what the core promises; half types: their own rounding, of values up to 4

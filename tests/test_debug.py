@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn import compat
-from syncbn.collectives import board as board_module
+from syncbn.debug import store as store_module
 from syncbn.compat import DDP_OPTIONS
 from syncbn.debug import OrderError, check_order
 from syncbn.debug import names as names_module
@@ -100,7 +100,7 @@ def has_no_grad_mode(model, x, is_odd):
 def coalesces(model, x, is_odd):
     x = model.first(x)
     if is_odd:
-        syncbn.batchnorm.forward_coalesced([model.norm1, model.norm2], [x, x])
+        syncbn.nn.batchnorm.forward_coalesced([model.norm1, model.norm2], [x, x])
     else:
         model.norm1(x), model.norm2(x)
 
@@ -360,8 +360,8 @@ def test_the_same_bits_with_the_check(run):
 
 
 def count_operations(rank, world_size, is_on):
-    calls, real = Counter(), board_module._default_store
-    board_module._default_store = lambda: Counted(real(), calls)
+    calls, real = Counter(), store_module._default_store
+    store_module._default_store = lambda: Counted(real(), calls)
     layer = syncbn.SyncBatchNorm(3)
     store, sizes = real(), []
     try:
@@ -376,7 +376,7 @@ def count_operations(rank, world_size, is_on):
                 dist.barrier()
                 sizes.append(store.num_keys())
     finally:
-        board_module._default_store = real
+        store_module._default_store = real
     return Counter(calls) - before if is_on else calls, sizes
 
 
@@ -426,14 +426,14 @@ def remake(rank, world_size, path):
     for world in range(2):
         store = dist.PrefixStore(f"world{world}", dist.FileStore(path, world_size))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        real = board_module._default_store
-        board_module._default_store = lambda: dist.FileStore(path, world_size)  # as worlds of one prefix would
+        real = store_module._default_store
+        store_module._default_store = lambda: dist.FileStore(path, world_size)  # as worlds of one prefix would
         try:
             with check_order(LONG):
                 swaps = ("norm1", "norm2") if world == 0 else ("norm2", "norm1")
                 assert caught(model, batch(rank), swaps) is None
         finally:
-            board_module._default_store = real
+            store_module._default_store = real
         dist.barrier()
         compat.destroy_process_group()
 
@@ -444,10 +444,10 @@ def test_a_process_group_made_anew_on_the_same_store(run, tmp_path):
 
 def remake_after_use_by_one(rank, world_size, path):
     """In the first world rank 0 alone ran in eval mode under the check."""
-    model, real = syncbn.convert(Net()), board_module._default_store
+    model, real = syncbn.convert(Net()), store_module._default_store
     dist.barrier()  # all are connected
     compat.destroy_process_group()
-    board_module._default_store = lambda: dist.FileStore(path, world_size)
+    store_module._default_store = lambda: dist.FileStore(path, world_size)
     try:
         for world in range(2):
             store = dist.PrefixStore(f"world{world}", dist.FileStore(path, world_size))
@@ -460,7 +460,7 @@ def remake_after_use_by_one(rank, world_size, path):
             dist.barrier()
             compat.destroy_process_group()
     finally:
-        board_module._default_store = real
+        store_module._default_store = real
 
 
 def test_a_process_group_made_anew_after_only_one_rank_wrote(run, tmp_path):
@@ -493,14 +493,14 @@ def stand_still(rank, world_size):
         def __getattr__(self, name):
             return (lambda *_: self) if name in ("clone", "set_timeout") else (lambda *_: release.wait())
 
-    release, real = threading.Event(), (board_module._default_store, board_module._GRACE)
-    board_module._default_store, board_module._GRACE = Still, 0.1
+    release, real = threading.Event(), (store_module._default_store, store_module._GRACE)
+    store_module._default_store, store_module._GRACE = Still, 0.1
     try:
         with check_order(SHORT):
             return caught(syncbn.SyncBatchNorm(2), torch.randn(3, 2))
     finally:
         release.set()
-        board_module._default_store, board_module._GRACE = real
+        store_module._default_store, store_module._GRACE = real
 
 
 def test_a_store_that_stands_still_ends_in_an_error(run):

@@ -22,7 +22,7 @@ from experiment.gpu_check.resnet import ResNet50
 from experiment.gpu_check.runner import ROOT, environment
 
 from syncbn import kernels
-from syncbn.kernels import selfcheck
+from syncbn.ops import selfcheck
 
 HERE = Path(__file__).parent
 
@@ -54,7 +54,7 @@ def aborts(device):
 
 
 def falls_back(device):
-    warnings.warn("syncbn.kernels.cuda was compared: expected equal results, got NaN", RuntimeWarning, stacklevel=1)
+    warnings.warn("syncbn.ops.cuda was compared: expected equal results, got NaN", RuntimeWarning, stacklevel=1)
     warnings.warn("another library's", RuntimeWarning, stacklevel=1)
     return Outcome("measured")
 
@@ -160,7 +160,7 @@ def test_slower_kernels_than_asked_for_are_a_failure():
     record = worker.run(part("falls_back"), "cpu")
     assert record["status"] == FAILED
     assert len(record["failures"]) == 1
-    assert "RuntimeWarning: syncbn.kernels.cuda was compared" in record["summary"]
+    assert "RuntimeWarning: syncbn.ops.cuda was compared" in record["summary"]
 
 
 def of_factor(function, factor=1.001):

@@ -11,7 +11,8 @@ from torch import nn
 from versions import torch_norm
 
 import syncbn
-from syncbn.norms import ChannelAffine, FrozenStatistics
+from syncbn.nn.affine import ChannelAffine
+from syncbn.nn.frozen import FrozenStatistics
 
 NORMS = {
     "gn": {"num_groups": 3},

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncbn
-from syncbn.collectives import exchange
+from syncbn.distributed import exchange
 from syncbn.compat import DDP_OPTIONS
 from syncbn.lightning import NormConverter, PreciseStatistics
 

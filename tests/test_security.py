@@ -15,7 +15,7 @@ import syncbn
 from syncbn.experiment import image_files, report
 from syncbn.experiment.bench.tables import Table
 from syncbn.experiment.sources import CIFAR10_BYTES, Cifar10, Folder
-from syncbn.kernels import build
+from syncbn.ops import build
 
 ROOT = Path(syncbn.__file__).parent.parent
 NASTY = "[/x] <script>alert(1)</script> | a\nb"

@@ -15,11 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..ghost import GhostBatchNorm
+from ..conversion import third_party
+from ..nn.ghost import GhostBatchNorm
 from .readers import Readers
-
-_INSIDE = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
-_REFUSED = {*_INSIDE, "FullyShardedDataParallel", "FSDPModule"}
 
 
 class ImageMoments(NamedTuple):
@@ -46,10 +44,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is such a wrapper further down, or a sharded or lazy module.
     """
-    while type(model).__name__ in _INSIDE:
-        model = getattr(model, _INSIDE[type(model).__name__])
+    model = third_party.unwrap(model)
     for name, module in model.named_modules():
-        wrapper = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _REFUSED), None)
+        wrapper = third_party.wrapper_of(module)
         if wrapper is not None:
             raise ValueError(f"audit: got {wrapper} at {name or 'the top'!r}; audit the model before it is wrapped.")
         if isinstance(module, LazyModuleMixin):
@@ -103,7 +100,7 @@ def _make_local(layer: _BatchNorm) -> None:
     Layers that synchronize (ours, torch's, others') do so in training mode only; in eval mode without running
     statistics they use those of their batch.
     """
-    if any("Sync" in base.__name__ for base in type(layer).__mro__):
+    if third_party.is_sync_class(type(layer)):
         layer.training = False
         layer.running_mean = layer.running_var = None
     if isinstance(layer, GhostBatchNorm):

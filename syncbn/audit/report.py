@@ -4,6 +4,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 
+from ..conversion.third_party import is_sync_name
 from .rows import AuditRow
 
 # The error of 16 independent values, which is that of 16 images whose pixels all say the same, the worst case. With 16
@@ -71,7 +72,7 @@ def _advise_by_error(rows: list[AuditRow]) -> str:
             f"{_words(worst_in_group)}, above {small}, and no other rank to share statistics with."
         )
     if (worst_in_group.group_error or 0.0) <= SMALL_ERROR:
-        synchronize = "Keep synchronizing" if "Sync" in worst.kind else "Synchronize (syncbn.convert)"
+        synchronize = "Keep synchronizing" if is_sync_name(worst.kind) else "Synchronize (syncbn.convert)"
         return (
             f"{synchronize} over {_num_ranks(worst)} ranks: that brings the worst layer, {worst.name}, from "
             f"{_words(worst)} to {_group_percent(worst)}, below {small}."

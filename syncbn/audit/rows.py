@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..batchnorm import SyncBatchNorm
-from ..collectives import GroupSpec, check_size
+from ..conversion.third_party import is_frozen_class
+from ..distributed.groups import GroupSpec
+from ..distributed.subgroups import check_size
+from ..nn.batchnorm import SyncBatchNorm
+from ..nn.frozen import FrozenStatistics
 from .probe import ImageMoments
 
 _Sync = SyncBatchNorm | nn.SyncBatchNorm
@@ -59,7 +62,7 @@ def group_size(layer: nn.Module, world_size: int) -> int:
     """
     if not isinstance(layer, _Sync):
         return world_size
-    spec = layer._group_spec if isinstance(layer, SyncBatchNorm) else GroupSpec(layer.process_group)
+    spec = layer.group_spec if isinstance(layer, SyncBatchNorm) else GroupSpec(layer.process_group)
     if spec.ranks is not None:
         return len(spec.ranks)
     if isinstance(spec.value, int):
@@ -152,4 +155,4 @@ def _num_constant_in_parts(call: ImageMoments, size: int) -> int:
 
 def _is_always_frozen(layer: nn.Module) -> bool:
     """Whether ``layer`` is a FrozenBatchNorm2d of any package, or what norm "frozen" makes."""
-    return type(layer).__name__.startswith("Frozen") and layer._buffers.get("running_mean") is not None
+    return is_frozen_class(type(layer)) or isinstance(layer, FrozenStatistics)

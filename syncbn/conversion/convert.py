@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..distributed.groups import GroupSpec, ProcessGroupLike
+from ..distributed.subgroups import make_groups
+from ..nn.batchnorm import SyncBatchNorm, name_layers
+from ..private import is_compiled
 from . import norms
-from .batchnorm import SyncBatchNorm
-from .coalesce import separate
-from .collectives import GroupSpec, ProcessGroupLike, make_groups
 from .norms import Norm
-from .private import is_compiled
-from .rules import PlanRow, Step, Target, decide, is_family
-from .swap import original_of, to_batchnorm, turn_back
+from .rules import CHANGES, Action, Decision, PlanRow, Target, apply, decide, is_family
+from .swap import original_of, restore, swap_to_batchnorm
+from .third_party import wrapper_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,7 +26,6 @@ _ORDER = (
     "The order is: convert, then compile, shard or wrap, then make the optimizer (in a LightningModule that compiles "
     "itself: call syncbn.convert before it does, in configure_model)."
 )
-_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
 
 
 def convert(
@@ -53,7 +53,7 @@ def convert(
         include: Patterns (as in fnmatch) of layer names to convert; all, if empty.
         exclude: Patterns of layer names to leave alone.
         include_frozen: Whether FrozenBatchNorm2d layers are converted too; their weight and bias become parameters.
-        **norm_kwargs: The norm's own words, such as ``num_groups`` of "gn" (32).
+        **norm_kwargs: The norm's own keyword arguments, such as ``num_groups`` of "gn" (32).
 
     Returns:
         ``module`` itself.
@@ -70,25 +70,27 @@ def convert(
         >>> type(model[0]).__name__, type(revert(model)[0]).__name__
         ('GroupNorm', 'BatchNorm2d')
     """
-    steps = _steps(module, norm, process_group, include, exclude, include_frozen, norm_kwargs)
-    name = norms.name_of(norm)
-    if any(step.turn or (step.is_error and not step.is_wrapper) for step in steps):  # else nothing is left to do
-        errors = [f"  {step.row.name or '(the module itself)'}: {step.row.reason}" for step in steps if step.is_error]
-        if errors:
+    target = _target(norm, process_group, include_frozen, norm_kwargs)
+    decisions = _decide_all(module, target, include, exclude)
+    name, actions = norms.name_of(norm), {decision.action for _, decision in decisions}
+    if actions & (CHANGES | {Action.REFUSE}):  # else nothing is left to do
+        refused = [d.row for _, d in decisions if d.action in (Action.REFUSE, Action.REFUSE_WRAPPER)]
+        if refused:
+            errors = [f"  {row.name or '(the module itself)'}: {row.reason}" for row in refused]
             raise ValueError("\n".join([f"syncbn.convert: nothing was converted to {name!r}.", *errors]))
-    if process_group is not None:
-        make_groups([GroupSpec(process_group)])
-    for step in steps:
-        if step.is_unknown:
-            warnings.warn(f"syncbn.convert left {step.row.name} alone: {step.row.reason}", stacklevel=2)
-        if step.turn is not None:
-            step.turn()
-    if norm != "bn" and not any(step.row.to for step in steps):
+    if target.spec is not None:
+        make_groups([target.spec])
+    for layer, decision in decisions:
+        if decision.action is Action.WARN:
+            warnings.warn(f"syncbn.convert left {decision.row.name} alone: {decision.row.reason}", stacklevel=2)
+        apply(decision, layer, target)
+    if norm != "bn" and not any(decision.row.to for _, decision in decisions):
         warnings.warn(
             f"syncbn.convert found no layer to convert to {name!r}; syncbn.plan(model) lists why.",
             stacklevel=2,
         )
-    make_groups(layer._group_spec for layer in module.modules() if isinstance(layer, SyncBatchNorm))
+    name_layers(module)
+    make_groups(layer.group_spec for layer in module.modules() if isinstance(layer, SyncBatchNorm))
     return module
 
 
@@ -106,7 +108,8 @@ def plan(
 
     Layers that would make `convert` raise are rows with the reason.
     """
-    return [s.row for s in _steps(module, norm, process_group, include, exclude, include_frozen, norm_kwargs)]
+    target = _target(norm, process_group, include_frozen, norm_kwargs)
+    return [decision.row for _, decision in _decide_all(module, target, include, exclude)]
 
 
 def revert(module: M, *, as_batchnorm: bool = False) -> M:
@@ -124,35 +127,32 @@ def revert(module: M, *, as_batchnorm: bool = False) -> M:
         ValueError: If a converted layer has been parametrized or sharded since; before anything is touched.
     """
     layers = [(name, layer, original_of(layer)) for name, layer in module.named_modules()]
-    changed = [name for name, layer, original in layers if original and type(layer) is not original.turned_into]
+    changed = [name for name, layer, original in layers if original and type(layer) is not original.swapped_to]
     if changed:
         raise ValueError(
             f"syncbn.revert: the class of {', '.join(changed)} was changed after conversion (parametrized or "
             "sharded); undo that first. Nothing was reverted."
         )
-    separate(module)
     for _, layer, _ in layers:
-        turn_back(layer)
+        restore(layer)
         if as_batchnorm and type(layer) is SyncBatchNorm:
-            to_batchnorm(layer)
+            swap_to_batchnorm(layer)
     return module
 
 
-def _steps(
-    module: nn.Module,
-    norm: Norm,
-    process_group: ProcessGroupLike,
-    include: Iterable[str],
-    exclude: Iterable[str],
-    include_frozen: bool,
-    norm_kwargs: dict[str, Any],
-) -> list[Step]:
+def _target(norm: Norm, process_group: ProcessGroupLike, include_frozen: bool, norm_kwargs: dict[str, Any]) -> Target:
     norms.check(norm, norm_kwargs)
     if norm != "syncbn" and process_group is not None:
         raise ValueError(f"process_group belongs to norm 'syncbn', not to {norms.name_of(norm)!r}.")
-    target = Target(norm, None if process_group is None else GroupSpec(process_group), include_frozen, norm_kwargs)
+    return Target(norm, None if process_group is None else GroupSpec(process_group), include_frozen, norm_kwargs)
+
+
+def _decide_all(
+    module: nn.Module, target: Target, include: Iterable[str], exclude: Iterable[str]
+) -> list[tuple[nn.Module, Decision]]:
     filters = _patterns("include", include), _patterns("exclude", exclude)
-    return [step for names, layer in _walk(module) if (step := _step(names, layer, target, *filters)) is not None]
+    decisions = ((layer, _decide(names, layer, target, *filters)) for names, layer in _walk(module))
+    return [(layer, decision) for layer, decision in decisions if decision is not None]
 
 
 def _walk(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
@@ -163,29 +163,32 @@ def _walk(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
     return ((aliases, layer) for layer, aliases in names.items())
 
 
-def _step(names: list[str], layer: nn.Module, target: Target, include: list[str], exclude: list[str]) -> Step | None:
+def _decide(
+    names: list[str], layer: nn.Module, target: Target, include: list[str], exclude: list[str]
+) -> Decision | None:
     """Plan one module; None if it is no layer of the BatchNorm family."""
     row = PlanRow(names[0], type(layer).__name__, None, "")
-    wrapper = next((base.__name__ for base in type(layer).__mro__ if base.__name__ in _WRAPPERS), None)
-    if is_compiled(layer):
-        wrapper = "torch.compile"
+    wrapper = "torch.compile" if is_compiled(layer) else wrapper_of(layer)
     if wrapper is not None:
-        step = decide(names[0], layer, target) if is_family(layer) else None
-        if step is not None and step.row.reason == "already":
-            return step
+        decision = decide(names[0], layer, target) if is_family(layer) else None
+        if decision is not None and decision.row.reason == "already":
+            return decision
         reason = f"already wrapped by {wrapper}: convert the module before. {_ORDER}"
-        return Step(row._replace(reason=reason), is_error=True, is_wrapper=step is None)
+        action = Action.REFUSE_WRAPPER if decision is None else Action.REFUSE
+        return Decision(row._replace(reason=reason), action)
     if not is_family(layer):
         return None
     excluding = next((p for p in exclude for n in names if fnmatchcase(n, p)), None)
     if excluding is not None:
-        return Step(row._replace(reason=f"excluded by {excluding!r}"))
+        return Decision(row._replace(reason=f"excluded by {excluding!r}"))
     if include and not any(fnmatchcase(n, p) for n in names for p in include):
-        return Step(row._replace(reason="not in include"))
+        return Decision(row._replace(reason="not in include"))
     return decide(names[0], layer, target)
 
 
-def _patterns(word: str, patterns: Iterable[str]) -> list[str]:
+def _patterns(argument: str, patterns: Iterable[str]) -> list[str]:
     if isinstance(patterns, str):
-        raise ValueError(f"{word}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}].")
+        raise ValueError(
+            f"{argument}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]."
+        )
     return list(patterns)

@@ -1,7 +1,7 @@
-"""The other arms: normalizations that can take a BatchNorm's place, one file each, and their registry.
+"""The other norms that can take a BatchNorm's place, by the names that `convert` takes.
 
-Each entry is a function from the BatchNorm layer and the norm's own keywords to the module that replaces it. A norm
-without a name is the user's own: a function of ``num_features`` and keywords.
+Each is made by a function from the BatchNorm layer and the norm's own keyword arguments. A norm without a name is the
+user's own: a function of ``num_features`` and keyword arguments.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,54 @@ from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from .frozen import FrozenStatistics
-from .groupnorm import groupnorm
-from .instancenorm import instancenorm
-from .layernorm import layernorm
-from .none import ChannelAffine
+from ..nn.affine import ChannelAffine
+from ..nn.frozen import FrozenStatistics
 
 Norm = str | Callable[..., nn.Module]
+
+
+def groupnorm(layer: _BatchNorm, num_groups: int = 32) -> nn.Module:
+    """Make a GroupNorm: ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per sample and group of channels.
+
+    No batch enters, so there is nothing to synchronize. Same channels, eps, affine, device and dtype as ``layer``.
+    Wu & He 2018, section 3.
+
+    Raises:
+        ValueError: If ``num_groups`` does not divide the number of channels.
+    """
+    channels = layer.num_features
+    if num_groups < 1 or channels % num_groups:
+        choices = [n for n in range(1, channels + 1) if channels % n == 0]
+        raise ValueError(f"num_groups={num_groups} does not divide its {channels} channels; choose one of {choices}")
+    if not layer.affine:
+        return nn.GroupNorm(num_groups, channels, layer.eps, affine=False)
+    device, dtype = layer.weight.device, layer.weight.dtype
+    norm = nn.GroupNorm(num_groups, channels, layer.eps, True, device, dtype)
+    if layer._parameters["bias"] is None:  # torch has a keyword for it from 2.13 on
+        norm.register_parameter("bias", None)
+    return norm
+
+
+def layernorm(layer: _BatchNorm) -> nn.Module:
+    """Make the GroupNorm of one group: over channels and positions of one sample.
+
+    Weight and bias stay per channel. Ba et al. 2016; Wu & He 2018, section 3.1.
+    """
+    return groupnorm(layer, num_groups=1)
+
+
+def instancenorm(layer: _BatchNorm) -> nn.Module:
+    """Make the GroupNorm of one channel per group: over the positions of one channel.
+
+    A map of a single value is its own mean, so it gives the bias; torch refuses that for a batch of one. Ulyanov et
+    al. 2016.
+    """
+    return groupnorm(layer, num_groups=layer.num_features)
+
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "gn": groupnorm,
@@ -29,11 +67,9 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "none": ChannelAffine,
 }
 
-__all__ = ["REGISTRY", "ChannelAffine", "FrozenStatistics", "groupnorm", "instancenorm", "layernorm"]
-
 
 def check(norm: Norm, options: dict[str, Any]) -> None:
-    """Raise a ValueError for a norm that does not exist, listing those that do, or for words it does not take."""
+    """Raise a ValueError for a norm that does not exist, listing those that do, or for arguments it does not take."""
     if callable(norm) and not isinstance(norm, nn.Module):
         return
     if not isinstance(norm, str) or norm not in {"bn", "syncbn", *REGISTRY}:
@@ -41,10 +77,11 @@ def check(norm: Norm, options: dict[str, Any]) -> None:
             f"unknown norm {norm!r}: expected one of {', '.join(['bn', 'syncbn', *REGISTRY])}, or a class or function "
             "that makes a module from num_features."
         )
-    words = list(signature(REGISTRY[norm]).parameters)[1:] if norm in REGISTRY else []
-    unknown = [word for word in options if word not in words]
+    known = list(signature(REGISTRY[norm]).parameters)[1:] if norm in REGISTRY else []
+    unknown = [name for name in options if name not in known]
     if unknown:
-        raise ValueError(f"norm {norm!r} takes {', '.join(words) or 'no words'}, not {', '.join(unknown)}.")
+        choices = ", ".join(known) or "no keyword arguments"
+        raise ValueError(f"norm {norm!r} takes {choices}, not {', '.join(unknown)}.")
 
 
 def make(norm: Norm, layer: nn.Module, options: dict[str, Any]) -> nn.Module:
@@ -69,7 +106,7 @@ def make(norm: Norm, layer: nn.Module, options: dict[str, Any]) -> nn.Module:
 
 
 def key(norm: Norm, options: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what tells conversions apart: the norm and its words, also where a partial holds them."""
+    """Return what tells conversions apart: the norm and its keyword arguments, also where a partial holds them."""
     if isinstance(norm, partial):
         return norm.func, norm.args, {**norm.keywords, **options}
     return norm, (), options

@@ -1,7 +1,7 @@
-"""Decide what one layer of the BatchNorm family becomes, before anything is touched."""
+"""Decide what one layer of the BatchNorm family becomes, before anything is touched; and do it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -9,18 +9,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import norms
-from .batchnorm import SyncBatchNorm, SyncBatchNormAct
-from .collectives import GroupSpec
-from .swap import Original, as_written, frozen_to_sync, original_class, original_of, to_other, to_sync, turn_back
+from ..distributed.groups import GroupSpec
+from ..nn.batchnorm import SyncBatchNorm, SyncBatchNormAct
+from . import norms, swap
+from .swap import Original, original_class, original_of
+from .third_party import activates, is_frozen_class
 
 _PLAIN: dict[type, type[SyncBatchNorm]] = dict.fromkeys(
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm), SyncBatchNorm
 )
 _REGISTERED: dict[type, type[SyncBatchNorm]] = {}
-_FUSED = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}  # timm need not be installed
-_STOPPED = norms.key("bn", {})
-_FROZEN = {"FrozenBatchNorm2d": SyncBatchNorm, "FrozenBatchNormAct2d": SyncBatchNormAct}  # of any package
+_ISOLATED = norms.key("bn", {})  # of a layer that was written to synchronize, in groups of one
 
 
 class PlanRow(NamedTuple):
@@ -32,15 +31,32 @@ class PlanRow(NamedTuple):
     reason: str
 
 
+class Action(Enum):
+    """What conversion does to a layer."""
+
+    KEEP = auto()
+    WARN = auto()  # keep a class that is not known, and say so
+    REFUSE = auto()  # raise an error, and touch nothing
+    REFUSE_WRAPPER = auto()  # the same, if there is anything to convert below
+    SET_GROUP = auto()
+    SYNCHRONIZE = auto()
+    ISOLATE = auto()  # groups of one
+    RESTORE = auto()  # what the user wrote
+    REPLACE = auto()  # another norm
+
+
+CHANGES = {Action.SET_GROUP, Action.SYNCHRONIZE, Action.ISOLATE, Action.RESTORE, Action.REPLACE}
+
+
 @dataclass
-class Step:
-    """One row of the plan, and how to carry it out."""
+class Decision:
+    """One row of the plan, and what is to be done; ``sync_class`` and ``new`` where the action needs them."""
 
     row: PlanRow
-    turn: Callable[[], None] | None = None  # None: nothing to do
-    is_error: bool = False
-    is_wrapper: bool = False  # an error only if there is anything to convert below
-    is_unknown: bool = False
+    action: Action = Action.KEEP
+    sync_class: type[SyncBatchNorm] = SyncBatchNorm
+    new: nn.Module | None = None
+    written_spec: GroupSpec = field(default_factory=lambda: GroupSpec(None))  # of an nn.SyncBatchNorm
 
 
 @dataclass
@@ -50,7 +66,7 @@ class Target:
     norm: norms.Norm
     spec: GroupSpec | None = None
     include_frozen: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    norm_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def register(batchnorm_class: type[_BatchNorm], sync_class: type[SyncBatchNorm] = SyncBatchNorm) -> None:
@@ -71,19 +87,19 @@ def register(batchnorm_class: type[_BatchNorm], sync_class: type[SyncBatchNorm] 
 
 def is_family(layer: nn.Module) -> bool:
     """Whether ``layer`` is a BatchNorm of any kind, or was one before a conversion."""
-    return isinstance(layer, _BatchNorm) or original_of(layer) is not None or type(layer).__name__ in _FROZEN
+    return isinstance(layer, _BatchNorm) or original_of(layer) is not None or is_frozen_class(type(layer))
 
 
-def decide(name: str, layer: nn.Module, target: Target) -> Step:
+def decide(name: str, layer: nn.Module, target: Target) -> Decision:
     """Decide what becomes of ``layer``, one of the family."""
     row = PlanRow(name, type(layer).__name__, None, "")
     cls, original = original_class(layer), original_of(layer)
     synchronizes = isinstance(layer, SyncBatchNorm) and (original is None or original.norm is None)
-    if synchronizes and target.norm == "syncbn" and target.spec in (None, layer._group_spec):
-        return Step(row._replace(to=row.from_, reason="already"))
+    if synchronizes and target.norm == "syncbn" and target.spec in (None, layer.group_spec):
+        return Decision(row._replace(to=row.from_, reason="already"))
     problem = _problem(layer)
     if problem is not None:
-        return Step(row._replace(reason=problem), is_error=True)
+        return Decision(row._replace(reason=problem), Action.REFUSE)
     sync_class = _sync_class(cls)
     if sync_class is None:
         reason = (
@@ -91,67 +107,75 @@ def decide(name: str, layer: nn.Module, target: Target) -> Step:
             f"syncbn.register({cls.__name__}); if it does more, syncbn.register({cls.__name__}, YourSubclass), "
             "with a subclass of syncbn.SyncBatchNorm that does the same."
         )
-        return Step(row._replace(reason=reason), is_unknown=True)
+        return Decision(row._replace(reason=reason), Action.WARN)
     is_wanted = target.norm in ("syncbn", "bn") and (original is not None or target.include_frozen)
-    if cls.__name__ in _FROZEN and not is_wanted:
+    if is_frozen_class(cls) and not is_wanted:
         reason = "frozen statistics need no synchronization; norm 'syncbn' with include_frozen=True converts it."
-        return Step(row._replace(reason=reason))
+        return Decision(row._replace(reason=reason))
     if target.norm == "syncbn":
-        return _synchronize(row, layer, sync_class, target)
-    return (_stop_synchronizing if target.norm == "bn" else _replace)(row, layer, sync_class, target)
+        return _synchronize(row, layer, sync_class)
+    if target.norm == "bn":
+        return _stop_synchronizing(row, layer, sync_class)
+    return _replace(row, layer, sync_class, target)
 
 
-def _synchronize(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], target: Target) -> Step:
+def apply(decision: Decision, layer: nn.Module, target: Target) -> None:
+    """Do to ``layer`` what was decided."""
+    if decision.action is Action.SET_GROUP:
+        layer.process_group = target.spec  # type: ignore[assignment]
+    if decision.action not in CHANGES - {Action.SET_GROUP}:
+        return
+    swap.restore(layer)
+    if decision.action is Action.SYNCHRONIZE:
+        if isinstance(layer, SyncBatchNorm) and target.spec is None:
+            return
+        to_sync = swap.swap_to_sync if isinstance(layer, _BatchNorm) else swap.swap_frozen_to_sync
+        to_sync(layer, decision.sync_class, target.spec or decision.written_spec)
+    elif decision.action is Action.ISOLATE:
+        swap.swap_to_sync(layer, decision.sync_class, GroupSpec(1), _ISOLATED)
+    elif decision.action is Action.REPLACE:
+        assert decision.new is not None
+        key = norms.key(target.norm, target.norm_kwargs)
+        swap.swap_to_other(layer, decision.new, key, activate=decision.sync_class is SyncBatchNormAct)
+
+
+def _synchronize(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm]) -> Decision:
     original = original_of(layer)
     row = row._replace(to=sync_class.__name__, reason="synchronizes")
     if isinstance(layer, SyncBatchNorm) and original is not None and original.norm is None:
-        return Step(row._replace(reason="another group"), lambda: setattr(layer, "process_group", target.spec))
-    written = GroupSpec(layer.__dict__.get("process_group"))  # nn.SyncBatchNorm's
-
-    def turn() -> None:
-        turn_back(layer)
-        if isinstance(layer, SyncBatchNorm) and target.spec is None:
-            return
-        change = to_sync if isinstance(layer, _BatchNorm) else frozen_to_sync
-        change(layer, sync_class, target.spec or written)
-
-    return Step(row, turn)
+        return Decision(row._replace(reason="another group"), Action.SET_GROUP)
+    kept = layer.__dict__ if original is None else original.attributes
+    group = kept.get("process_group")
+    spec = group if isinstance(group, GroupSpec) else GroupSpec(group)
+    return Decision(row, Action.SYNCHRONIZE, sync_class, written_spec=spec)
 
 
-def _stop_synchronizing(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], target: Target) -> Step:
+def _stop_synchronizing(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm]) -> Decision:
     """Make the layer as it was written; one that was written to synchronize gets groups of one."""
     cls, original = original_class(layer), original_of(layer)
-    synchronizes = issubclass(cls, SyncBatchNorm | nn.SyncBatchNorm)
-    row = row._replace(to=sync_class.__name__ if synchronizes else cls.__name__)
-    if original.norm == _STOPPED if original is not None else not synchronizes:
-        return Step(row._replace(reason="already"))
-
-    def turn() -> None:
-        turn_back(layer)
-        if synchronizes:
-            to_sync(layer, sync_class, GroupSpec(1), _STOPPED)
-
-    return Step(row._replace(reason="in groups of one" if synchronizes else "as written"), turn)
+    was_written_to = issubclass(cls, SyncBatchNorm | nn.SyncBatchNorm)
+    row = row._replace(to=sync_class.__name__ if was_written_to else cls.__name__)
+    is_plain = original is None and not was_written_to
+    is_isolated = original is not None and original.norm == _ISOLATED
+    if is_plain or is_isolated:
+        return Decision(row._replace(reason="already"))
+    if was_written_to:
+        return Decision(row._replace(reason="in groups of one"), Action.ISOLATE, sync_class)
+    return Decision(row._replace(reason="as written"), Action.RESTORE)
 
 
-def _replace(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], target: Target) -> Step:
+def _replace(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], target: Target) -> Decision:
     cls, original = original_class(layer), original_of(layer)
     if sync_class not in (SyncBatchNorm, SyncBatchNormAct):
         reason = f"{cls.__name__} does more than normalize; only its synchronized class is registered."
-        return Step(row._replace(reason=reason), is_unknown=True)
-    key = norms.key(target.norm, target.options)
-    if original is not None and original.norm == key:
-        return Step(row._replace(to=row.from_, reason="already"))
+        return Decision(row._replace(reason=reason), Action.WARN)
+    if original is not None and original.norm == norms.key(target.norm, target.norm_kwargs):
+        return Decision(row._replace(to=row.from_, reason="already"))
     try:
-        new = norms.make(target.norm, as_written(layer), target.options)
+        new = norms.make(target.norm, swap.original_twin(layer), target.norm_kwargs)
     except (ValueError, TypeError) as error:
-        return Step(row._replace(reason=str(error) or repr(error)), is_error=True)
-
-    def turn() -> None:
-        turn_back(layer)
-        to_other(layer, new, key, activate=sync_class is SyncBatchNormAct)
-
-    return Step(row._replace(to=type(new).__name__, reason="replaced"), turn)
+        return Decision(row._replace(reason=str(error) or repr(error)), Action.REFUSE)
+    return Decision(row._replace(to=type(new).__name__, reason="replaced"), Action.REPLACE, sync_class, new)
 
 
 def _problem(layer: nn.Module) -> str | None:
@@ -161,7 +185,7 @@ def _problem(layer: nn.Module) -> str | None:
         return "a lazy layer does not know its channels yet: run one batch first, then convert."
     if is_parametrized(layer):
         return "a parametrized layer: remove_parametrizations first, or leave it out with exclude."
-    if original is not None and type(layer) is not original.turned_into:
+    if original is not None and type(layer) is not original.swapped_to:
         return f"its class was changed to {type(layer).__name__} after it was converted: undo that first."
     if "forward" in layer.__dict__:
         return (
@@ -173,7 +197,7 @@ def _problem(layer: nn.Module) -> str | None:
 def _sync_class(cls: type[nn.Module]) -> type[SyncBatchNorm] | None:
     if issubclass(cls, SyncBatchNorm):
         return cls
-    if f"{cls.__module__}.{cls.__qualname__}" in _FUSED:
+    if activates(cls):
         return SyncBatchNormAct
-    frozen = None if issubclass(cls, _BatchNorm) else _FROZEN.get(cls.__name__)
-    return _REGISTERED.get(cls) or _PLAIN.get(cls) or frozen
+    is_frozen = is_frozen_class(cls) and not issubclass(cls, _BatchNorm)
+    return _REGISTERED.get(cls) or _PLAIN.get(cls) or (SyncBatchNorm if is_frozen else None)

@@ -1,4 +1,4 @@
-"""Turn a normalization layer into another kind in place, and back.
+"""Swap a normalization layer for another kind in place, and restore it.
 
 The module object stays; only its class, and what belongs to that class, is exchanged. So parameter objects, hooks,
 aliases, the training flag and the user's own attributes need no copying, and the way back is exact.
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batchnorm import SyncBatchNorm
-from .collectives import GroupSpec
-from .debug.names import give_number, take_number
+from ..distributed.groups import GroupSpec
+from ..nn.batchnorm import SyncBatchNorm
 
 _MODULE_STATE = frozenset(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
 _MEMBERS = ("_parameters", "_buffers", "_modules")
@@ -21,53 +20,53 @@ _MEMBERS = ("_parameters", "_buffers", "_modules")
 
 @dataclass
 class Original:
-    """What a turned layer was; kept on the layer as ``_syncbn_original``, outside of its state_dict."""
+    """What a swapped layer was; kept on the layer as ``_syncbn_original``, outside of its state_dict."""
 
     cls: type[nn.Module]
-    turned_into: type[nn.Module]
+    swapped_to: type[nn.Module]
     norm: tuple[Any, ...] | None = None  # the norm and its keyword arguments (norms.key); None for "syncbn"
+    sync_state: dict[str, Any] = field(default_factory=dict)  # what a layer that was a SyncBatchNorm kept on itself
+    was_frozen: bool = False  # a FrozenBatchNorm2d, whose weight and bias are buffers
     attributes: dict[str, Any] = field(default_factory=dict)  # taken away or overwritten
     added: list[str] = field(default_factory=list)  # attributes it did not have
     members: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameters, buffers, modules, if exchanged
-    dtype: torch.dtype | None = None  # of what it was turned into, then
+    dtype: torch.dtype | None = None  # of what it was swapped to, then
 
 
 def original_of(layer: nn.Module) -> Original | None:
-    """Return what a turned layer was, None for one that is as the user wrote it."""
+    """Return what a swapped layer was, None for one that is as the user wrote it."""
     return layer.__dict__.get("_syncbn_original")
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the class that the user wrote, also for a turned layer."""
+    """Return the class that the user wrote, also for a swapped layer."""
     original = original_of(layer)
     return type(layer) if original is None else original.cls
 
 
-def to_sync(
+def swap_to_sync(
     layer: nn.Module,
     sync_class: type[SyncBatchNorm],
     spec: GroupSpec,
     norm: tuple[Any, ...] | None = None,
 ) -> None:
-    """Turn a layer of the BatchNorm family into ``sync_class``; its parameters and buffers stay as they are."""
+    """Make a layer of the BatchNorm family a ``sync_class``; its parameters and buffers stay as they are."""
     original = Original(type(layer), sync_class, norm)
     if "process_group" in layer.__dict__:  # nn.SyncBatchNorm's; as a spec it can be copied and pickled
         original.attributes["process_group"] = GroupSpec(layer.__dict__.pop("process_group"))
-    if "_group_spec" in layer.__dict__:
-        original.attributes["_group_spec"] = layer.__dict__["_group_spec"]
     _set_class(layer, original)
-    layer.__dict__["_group_spec"] = spec
-    give_number(layer)
+    original.sync_state = sync_class._adopt(layer, original.cls, spec)  # type: ignore[arg-type]
 
 
-def frozen_to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: GroupSpec) -> None:
-    """Turn a FrozenBatchNorm2d into ``sync_class``: its weight and bias, which are buffers, become parameters."""
+def swap_frozen_to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: GroupSpec) -> None:
+    """Make a FrozenBatchNorm2d a ``sync_class``: its weight and bias, which are buffers, become parameters."""
     mean = layer._buffers["running_mean"]
     assert mean is not None
-    attributes = _attributes(sync_class(len(mean), device="meta"))
+    attributes = _attributes(nn.BatchNorm2d(len(mean), device="meta"))
     added = [name for name in attributes if name not in layer.__dict__]
-    _set_class(layer, Original(type(layer), sync_class, added=added))
-    layer.__dict__.update({name: attributes[name] for name in added} | {"_group_spec": spec})
+    _set_class(layer, Original(type(layer), sync_class, added=added, was_frozen=True))
+    layer.__dict__.update({name: attributes[name] for name in added})
+    sync_class._adopt(layer, original_class(layer), spec)  # type: ignore[arg-type]
     for name in ("weight", "bias"):
         buffer = layer._buffers.pop(name)
         assert buffer is not None
@@ -75,8 +74,8 @@ def frozen_to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: Grou
     layer.register_buffer("num_batches_tracked", torch.tensor(0, device=mean.device))
 
 
-def to_other(layer: nn.Module, new: nn.Module, norm: tuple[Any, ...], activate: bool = False) -> None:
-    """Turn ``layer`` into what ``new`` is, keeping what both have.
+def swap_to_other(layer: nn.Module, new: nn.Module, norm: tuple[Any, ...], activate: bool = False) -> None:
+    """Make ``layer`` what ``new`` is, keeping what both have.
 
     Parameters and buffers of one name and shape, and modules of one name, stay the layer's own objects.
 
@@ -94,9 +93,9 @@ def to_other(layer: nn.Module, new: nn.Module, norm: tuple[Any, ...], activate: 
         type(layer),
         type(new),
         norm,
-        {name: layer.__dict__[name] for name in names if name in layer.__dict__},
-        [name for name in attributes if name not in layer.__dict__],
-        {kind: dict(layer.__dict__[kind]) for kind in _MEMBERS},
+        attributes={name: layer.__dict__[name] for name in names if name in layer.__dict__},
+        added=[name for name in attributes if name not in layer.__dict__],
+        members={kind: dict(layer.__dict__[kind]) for kind in _MEMBERS},
     )
     for name in original.attributes:
         del layer.__dict__[name]  # an attribute would hide a parameter of its name
@@ -111,46 +110,44 @@ def to_other(layer: nn.Module, new: nn.Module, norm: tuple[Any, ...], activate: 
         layer.register_forward_hook(_activate, prepend=True)
 
 
-def as_written(layer: nn.Module) -> nn.Module:
+def original_twin(layer: nn.Module) -> nn.Module:
     """Return a stand-in for ``layer`` as the user wrote it, with its tensors; ``layer`` itself is not touched."""
     twin = object.__new__(type(layer))
     twin.__dict__.update(layer.__dict__, _forward_hooks=layer._forward_hooks.copy())
-    turn_back(twin)
+    restore(twin)
     return twin
 
 
-def turn_back(layer: nn.Module) -> None:
-    """Make a turned layer exactly what the user wrote: class, attributes and buffers; parameters as trained."""
+def restore(layer: nn.Module) -> None:
+    """Make a swapped layer exactly what the user wrote: class, attributes and buffers; parameters as trained."""
     original = original_of(layer)
     if original is None:
         return
     for key in [key for key, hook in layer._forward_hooks.items() if hook is _activate]:
         del layer._forward_hooks[key]
+    if isinstance(layer, SyncBatchNorm):
+        layer._release(original.sync_state)
     layer.__class__ = original.cls
-    if not issubclass(original.cls, SyncBatchNorm):
-        layer.__dict__.pop("_group_spec", None)
-        take_number(layer)
     for name in ["_syncbn_original", *original.added]:
         layer.__dict__.pop(name, None)
     for name, value in original.attributes.items():
-        is_spec = name == "process_group" and isinstance(value, GroupSpec)
-        layer.__dict__[name] = _group_of(value) if is_spec else value
+        layer.__dict__[name] = value.given() if isinstance(value, GroupSpec) else value
     if original.members:
         _restore_members(layer, original)
-    elif original.cls.__name__.startswith("FrozenBatchNorm"):
+    elif original.was_frozen:
         _freeze_again(layer)
 
 
-def to_batchnorm(layer: SyncBatchNorm) -> None:
-    """Turn a layer that was written as a SyncBatchNorm into the nn.BatchNorm of its last input's dimensions."""
+def swap_to_batchnorm(layer: SyncBatchNorm) -> None:
+    """Make a layer that was written as a SyncBatchNorm the nn.BatchNorm of its last input's dimensions."""
     by_dims = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    layer.__class__ = by_dims.get(layer.__dict__.pop("_input_dims", 4), nn.BatchNorm2d)  # type: ignore[assignment]
-    layer.__dict__.pop("_group_spec")
-    take_number(layer)
+    batchnorm_class = by_dims.get(layer.last_dims or 4, nn.BatchNorm2d)
+    layer._release({})
+    layer.__class__ = batchnorm_class  # type: ignore[assignment]
 
 
 def _set_class(layer: nn.Module, original: Original) -> None:
-    layer.__class__ = original.turned_into
+    layer.__class__ = original.swapped_to
     layer.__dict__["_syncbn_original"] = original
 
 
@@ -197,7 +194,3 @@ def _freeze_again(layer: nn.Module) -> None:
     statistics = dict(layer._buffers)
     layer._buffers.clear()
     layer._buffers.update({name: value.detach() for name, value in affine.items() if value is not None} | statistics)
-
-
-def _group_of(spec: GroupSpec) -> Any:
-    return spec.resolve() if spec.value is None and spec.ranks is not None else spec.value

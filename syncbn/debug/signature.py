@@ -1,9 +1,7 @@
-"""What a rank is about to exchange, in a row of fixed size, and how rows of several ranks are compared and told."""
+"""What a rank is about to exchange, in a row of fixed size, and how rows of several ranks are compared and shown."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
-
-from .names import is_another_of_the_name, is_same, names_here
 
 SIZE = 256  # bytes of a row
 _SEPARATOR = "\x1f"
@@ -11,69 +9,51 @@ _MANY = 20  # kinds of rows that a message lists
 
 
 class Signature(NamedTuple):
-    """One exchange as its rank sees it; several layers may share it."""
+    """One exchange as its rank sees it; a field is empty where it does not apply."""
 
     direction: str
     channels: str
     dtype: str
     gradient: str  # of the input: whether there will be an exchange backward
     numbers: str
-    settings: str  # of the layers: eps, momentum
-    made: str  # when the layers were, in numbers
-    num_layers: str
-    layers: tuple[str, ...]  # as many as fit into a row
+    settings: str  # eps, momentum
+    name: str  # of the layer
 
     def pack(self) -> bytes:
-        """Write the row; layers that do not fit are left out, of a single one the front."""
-        head = _SEPARATOR.join(field[:32] for field in self[:-1])
-        layers, room = list(self.layers), SIZE - len(head.encode()) - 1
-        while len(layers) > 1 and len(_SEPARATOR.join(layers).encode()) > room:
-            layers.pop()
-        names = _SEPARATOR.join(layers).encode()[-room:].decode(errors="ignore")
-        return f"{head}{_SEPARATOR}{names}".encode().ljust(SIZE, b"\0")
+        """Write the row; of a name that does not fit, the front is left out."""
+        head = _SEPARATOR.join(field[:32] for field in self[:-1]).encode() + _SEPARATOR.encode()
+        name = self.name.encode()[-(SIZE - len(head)) :].decode(errors="ignore")
+        return (head + name.encode()).ljust(SIZE, b"\0")
 
     def __str__(self) -> str:
-        more = int(self.num_layers) - len(self.layers)
-        layers = ", ".join(self.layers) + (f" and {more} more" if more else "")
         channels = f"{self.channels} channels" if self.channels else ""
-        words = [layers, self.direction, channels, self.dtype, self.gradient, f"{self.numbers} numbers"]
-        return ", ".join(word for word in words if word)
+        facts = [self.name, self.direction, channels, self.dtype, self.gradient, f"{self.numbers} numbers"]
+        return ", ".join(fact for fact in facts if fact)
 
-    def told_to(self, others: "list[Signature]") -> str:
+    def beside(self, others: "list[Signature]") -> str:
         """Say what it is, with the settings where they are not those of the others."""
         return str(self) if len({other.settings for other in others}) == 1 else f"{self}, {self.settings}"
 
 
 def unpack(row: bytes) -> Signature:
     """Read a row."""
-    fields = row.rstrip(b"\0").decode().split(_SEPARATOR)
-    direction, channels, dtype, gradient, numbers, settings, made, num_layers, *layers = fields
-    return Signature(direction, channels, dtype, gradient, numbers, settings, made, num_layers, tuple(layers))
-
-
-def listed(words: Iterable[object]) -> str:
-    """Join what several layers have, once if all have the same."""
-    texts = [str(word) for word in words]
-    return "+".join(texts) if len(set(texts)) > 1 else "".join(texts[:1])
+    return Signature(*row.rstrip(b"\0").decode().split(_SEPARATOR))
 
 
 def differences(signatures: list[Signature]) -> list[str]:
     """Name the fields in which not all are the same."""
-    reference = max(signatures, key=lambda s: len("".join(s.layers)))
+    longest = max((s.name for s in signatures), key=len)
     names = ["direction", "channels", "dtype", "gradient of the input", "numbers", "settings"]
     found = [name for i, name in enumerate(names) if len({s[i] for s in signatures}) > 1]
-    here = names_here(*(name for s in signatures for name in s.layers))
-    if not all(_are_same(s, reference, here) for s in signatures):
-        found.insert(0, "layer")
-    return found
+    return found if all(is_same(s.name, longest) for s in signatures) else ["layer", *found]
 
 
-def _are_same(one: Signature, other: Signature, here: set[str]) -> bool:
-    """Compare the layers: models of the same names by their order too, which only a rank that has several knows."""
-    pairs = [*zip(one.layers, other.layers, strict=False)]
-    if one.num_layers != other.num_layers or not all(is_same(a, b, here) for a, b in pairs):
-        return False
-    return one.made == other.made or not any(is_another_of_the_name(a, b) for a, b in pairs)
+def is_same(one: str, other: str) -> bool:
+    """Whether two names can be of one layer: one rank may have named the model as a part of a larger one."""
+    (path, _, root), (path2, _, root2) = one.partition(" ("), other.partition(" (")
+    if path == path2 or root == root2:
+        return one == other
+    return f".{path}".endswith(f".{path2}") or f".{path2}".endswith(f".{path}")
 
 
 def table(texts: Mapping[int, str]) -> str:

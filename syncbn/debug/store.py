@@ -1,10 +1,10 @@
-"""A notice board in the store of the process group: rows that ranks write for each other beside all collectives.
+"""Rows that ranks write for each other in the store of the process group, beside all collectives.
 
 The store answers while a collective hangs, and when ranks are dead: a file, or a process (torchrun's agent, or rank 0)
 that others reach by TCP. It knows nothing of the backend, so a row arrives under NCCL as under gloo.
 
-A rank's operations run in a thread of its own, in order: a store whose process stands still blocks that thread and not
-the caller, who waits no longer than he said.
+A rank's operations run in a thread of its own, in order: a store whose process stands still blocks that thread, and
+the caller's wait is bounded by its time-out.
 """
 
 import threading
@@ -17,36 +17,36 @@ from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ..distributed.groups import current_world, rank_in_world, ranks_of
 from ..private import default_store
 
 GAVE_UP = b"gave up"  # the row of a rank that has waited too long: who comes later must not go on alone
 _GRACE = 5.0  # seconds beyond a time-out that the store may take to answer
 
 
-class BoardError(RuntimeError):
-    """The store is not there, or does not answer."""
+class StoreError(RuntimeError):
+    """There is no store, or it does not answer."""
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """What the ranks of a group wrote for one call, by global rank, and where those who did not come were last."""
+class Rendezvous:
+    """What the ranks of a group wrote for one call, by global rank, and what those who did not come did last."""
 
     rows: dict[int, bytes]
-    places: dict[int, str] = field(default_factory=dict)  # "" of a rank that has written nothing
+    last: dict[int, str] = field(default_factory=dict)  # "" of a rank that has written nothing
 
 
-class Board:
-    """The board of one world. Every method but the constructor may be called by one thread at a time."""
+class RankStore:
+    """The rows of one world. Every method but the constructor may be called by one thread at a time."""
 
     def __init__(self) -> None:
-        self.rank = dist.get_rank()
+        self.rank = rank_in_world()
         self._calls: Counter[str] = Counter()  # by name of the group
-        self._jobs: SimpleQueue[Callable[[_Pen], None] | None] = SimpleQueue()
-        pen = _Pen(_default_store(), self.rank)
-        threading.Thread(target=_work, args=(self._jobs, pen), name="syncbn order check", daemon=True).start()
+        self._jobs: SimpleQueue[Callable[[StoreClient], None] | None] = SimpleQueue()
+        client = StoreClient(_default_store(), self.rank)
+        threading.Thread(target=_work, args=(self._jobs, client), name="syncbn order check", daemon=True).start()
         weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def next_call(self, group: ProcessGroup) -> int:
@@ -54,75 +54,60 @@ class Board:
         self._calls[group.group_name] += 1
         return self._calls[group.group_name] - 1
 
-    def meet(self, group: ProcessGroup, call: int, row: bytes, place: str, timeout: float) -> Meeting:
+    def meet(self, group: ProcessGroup, call: int, row: bytes, now: str, timeout: float) -> Rendezvous:
         """Write this rank's ``row`` of one call, and wait for those of the others, ``timeout`` seconds at most.
 
         Per rank one write and one read; the row of the call before is deleted while the caller goes on.
 
         Raises:
-            BoardError: If there is no answer from the store.
+            StoreError: If there is no answer from the store.
         """
-        ranks, answer = dist.get_process_group_ranks(group), SimpleQueue[Meeting | Exception]()
-        name, index = group.group_name, dist.get_rank(group)
-        self._jobs.put(lambda pen: pen.meet(answer, name, call, index, ranks, row, place, timeout))
+        ranks, answer = ranks_of(group), SimpleQueue[Rendezvous | Exception]()
+        name, index = group.group_name, ranks.index(self.rank)
+        self._jobs.put(lambda client: client.meet(answer, name, call, index, ranks, row, now, timeout))
         try:
             found = answer.get(timeout=timeout + _GRACE)
         except Empty:
-            raise BoardError(f"it has not answered for {timeout + _GRACE:g} s") from None
+            raise StoreError(f"it has not answered for {timeout + _GRACE:g} s") from None
         if isinstance(found, Exception):
-            raise BoardError(f"{type(found).__name__}: {str(found).splitlines()[0]}") from found
+            raise StoreError(f"{type(found).__name__}: {str(found).splitlines()[0]}") from found
         return found
 
-    def note(self, place: str) -> None:
-        """Write where this rank is, and do not wait."""
-        self._jobs.put(lambda pen: pen.note(place))
+    def note(self, now: str) -> None:
+        """Write what this rank does, and do not wait."""
+        self._jobs.put(lambda client: client.note(now))
 
 
-def current_board() -> Board:
-    """Return the board of the present world.
+def current_store() -> RankStore:
+    """Return the rows of the present world.
 
     Raises:
-        BoardError: If its process group has no store.
+        StoreError: If its process group has no store.
     """
-    world = dist.group.WORLD
+    world = current_world()
     assert world is not None
-    if world not in _boards:
-        _boards[world] = Board()
-    return _boards[world]
+    if world not in _stores:
+        _stores[world] = RankStore()
+    return _stores[world]
 
 
-def is_initialized() -> bool:
-    """Whether there is a process group, and so a board."""
-    return dist.is_available() and dist.is_initialized()
+_stores: "weakref.WeakKeyDictionary[ProcessGroup, RankStore]" = weakref.WeakKeyDictionary()
 
 
-def rank_in_world() -> int:
-    """Return this process's rank; -1 if its process group is gone."""
-    return dist.get_rank() if is_initialized() else -1
-
-
-def ranks_of(group: ProcessGroup) -> list[int]:
-    """Return the global ranks of ``group`` in the order of its own."""
-    return dist.get_process_group_ranks(group)
-
-
-_boards: "weakref.WeakKeyDictionary[ProcessGroup, Board]" = weakref.WeakKeyDictionary()
-
-
-class _Pen:
-    """The operations on the store, all in the board's thread."""
+class StoreClient:
+    """The operations on the store, all in the thread of `RankStore`."""
 
     def __init__(self, store: Any, rank: int) -> None:
         self.store, self.rank = store, rank
-        self.shares_timeout, self.is_open = True, False  # the time-out, with the other users of the store
+        self.shares_timeout, self.is_oclient = True, False  # the time-out, with the other users of the store
         self.prefixes: dict[str, str] = {}  # by group
         self.previous: dict[str, str] = {}  # row of the last call, by group
 
     def open(self) -> None:
-        """Take a connection of our own, since a read that waits holds it, and forget where an earlier world was."""
+        """Take a connection of our own, since a read that waits holds it; forget what was done in an earlier world."""
         if self.is_open:
             return
-        self.is_open = True
+        self.is_oclient = True
         before, shared = self.store.timeout, self.store
         with suppress(AttributeError, NotImplementedError, RuntimeError):
             self.store = shared.clone()
@@ -141,19 +126,22 @@ class _Pen:
             self.prefixes[group] = f"syncbn/order/{group}/{number}"
         return self.prefixes[group]
 
-    def note(self, place: str) -> None:
+    def note(self, now: str) -> None:
         self.open()
-        self.store.set(_last(self.rank), place)
+        self.store.set(_last(self.rank), now)
 
     def meet(
-        self, answer: Any, group: str, call: int, index: int, ranks: list[int], row: bytes, place: str, timeout: float
+        self, answer: Any, group: str, call: int, index: int, ranks: list[int], row: bytes, now: str, timeout: float
     ) -> None:
         try:
             self.open()
             keys = [f"{self.prefix_of(group)}/{call}/{i}" for i in range(len(ranks))]
-            self.store.multi_set([keys[index], _last(self.rank)], [row, place])
+            self.store.multi_set([keys[index], _last(self.rank)], [row, now])
             rows = self._read(keys, timeout)
-            found = self._absent(keys, index, ranks) if rows is None else Meeting(dict(zip(ranks, rows, strict=True)))
+            if rows is None:
+                found = self._absent(keys, index, ranks)
+            else:
+                found = Rendezvous(dict(zip(ranks, rows, strict=True)))
         except Exception as error:  # of any kind: the caller waits for an answer
             answer.put(error)
             return
@@ -176,33 +164,33 @@ class _Pen:
             return None
         return rows
 
-    def _absent(self, keys: list[str], index: int, ranks: list[int]) -> Meeting:
+    def _absent(self, keys: list[str], index: int, ranks: list[int]) -> Rendezvous:
         come = {rank: self.store.check([key]) for rank, key in zip(ranks, keys, strict=True)}
         if all(come.values()):  # the last one just now
-            return Meeting(dict(zip(ranks, self.store.multi_get(keys), strict=True)))
+            return Rendezvous(dict(zip(ranks, self.store.multi_get(keys), strict=True)))
         self.store.set(keys[index], GAVE_UP)
-        places = {}
+        last = {}
         for rank in [rank for rank in ranks if not come[rank]]:
             key = _last(rank)
-            places[rank] = self.store.get(key).decode() if self.store.check([key]) else ""
-        return Meeting({}, places)
+            last[rank] = self.store.get(key).decode() if self.store.check([key]) else ""
+        return Rendezvous({}, last)
 
 
 def _last(rank: int) -> str:
     return f"syncbn/order/last/{rank}"
 
 
-def _work(jobs: "SimpleQueue[Callable[[_Pen], None] | None]", pen: _Pen) -> None:
+def _work(jobs: "SimpleQueue[Callable[[StoreClient], None] | None]", client: StoreClient) -> None:
     while (job := jobs.get()) is not None:
-        with suppress(Exception):  # nobody waits any more: the next meeting says what is wrong with the store
-            job(pen)
+        with suppress(Exception):  # nobody waits any more: the next rendezvous says what is wrong with the store
+            job(client)
 
 
 def _default_store() -> Any:
     try:
         store = default_store()
     except (AttributeError, KeyError) as error:
-        raise BoardError(f"this torch does not give it away ({error})") from error
+        raise StoreError(f"this torch does not give it away ({error})") from error
     if store is None:
-        raise BoardError(f"the backend {dist.get_backend()!r} has none")
+        raise StoreError("the process group has none")
     return store

@@ -9,17 +9,30 @@ rank 0 loaded, stays as it is.
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import nn
 
-from .private import active_ddp, joins
+from ..private import joins
 
-_told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_done: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
-def check_in(is_subgroup_layer: Callable[[nn.Module], bool] | None) -> None:
-    """Refuse ``DDP.join()``, and keep DDP's copy per step away from the statistics of subgroups.
+def refuse_join(ddp: Any) -> None:
+    """Refuse a training forward under ``DDP.join()``.
+
+    Raises:
+        ValueError: A rank that has run out of data answers DDP's collectives, not the layer's.
+    """
+    if joins(ddp):
+        raise ValueError(
+            "SyncBatchNorm cannot run under DDP.join(): a rank without data would not take part in the layers' "
+            "exchanges. Give every rank the same number of steps; its batch may be smaller, or empty."
+        )
+
+
+def keep_from_copies(ddp: Any, is_subgroup_layer: Callable[[nn.Module], bool]) -> None:
+    """Keep DDP's copy per step away from the statistics of subgroups.
 
     To be called in a layer's training forward: only there is it known which DDP module runs it, and under which names
     it knows the layers. The buffers of subgroup layers leave the copy per step with the first step, whose own copy has
@@ -27,21 +40,12 @@ def check_in(is_subgroup_layer: Callable[[nn.Module], bool] | None) -> None:
     of a compiled model, which needs ``forward_sync_buffers=False``.
 
     Args:
-        is_subgroup_layer: Tells the layers to protect; None if the calling layer is of the world group.
-
-    Raises:
-        ValueError: Under ``DDP.join()``: a rank that has run out of data answers DDP's collectives, not the layer's.
+        ddp: The module whose forward pass runs.
+        is_subgroup_layer: Tells the layers to protect.
     """
-    ddp = None if torch.compiler.is_compiling() else active_ddp()
-    if ddp is None:
+    if ddp in _done:
         return
-    if joins(ddp):
-        raise ValueError(
-            "SyncBatchNorm cannot run under DDP.join(): a rank without data would not take part in the layers' "
-            "exchanges. Give every rank the same number of steps; its batch may be smaller, or empty."
-        )
-    if is_subgroup_layer is None or ddp in _told:
-        return
+    _done.add(ddp)
     try:
         ignored, assign = ddp.parameters_to_ignore, ddp._assign_modules_buffers
     except AttributeError as error:
@@ -51,11 +55,9 @@ def check_in(is_subgroup_layer: Callable[[nn.Module], bool] | None) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-        _told.add(ddp)
         return
     for name, layer in ddp.module.named_modules(remove_duplicate=False):
         if is_subgroup_layer(layer):
             prefix = f"{name}." if name else ""
             ignored.update(prefix + buffer for buffer, _ in layer.named_buffers(recurse=False))
     assign()
-    _told.add(ddp)

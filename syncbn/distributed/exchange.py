@@ -1,6 +1,6 @@
-"""One sum over the ranks of a process group: which collective does it, and how it is started and awaited."""
+"""One sum over the ranks of a process group, which group that is, and who is told before it and when it fails."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -9,64 +9,119 @@ from torch.distributed import ProcessGroup
 
 from ..compat import all_gather_single
 from ..private import all_reduce_in_graph, backend_name, gather_in_graph
+from .groups import GroupSpec, current_world, rank_in_world
+
+_GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
 
-def all_reduce(packed: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum one packed buffer over the ranks of ``group``: one collective, of the kind that `Exchange` chooses.
+class Observer(Protocol):
+    """Is told of every exchange before it begins, and may raise: the order check of `syncbn.debug`."""
 
-    Where gradients must flow through the sum (second order), its gradient is again a sum over the ranks. Otherwise
-    ``packed`` may be overwritten.
+    hint: str  # ends the message of an exchange that failed
+
+    def before_exchange(
+        self, group: ProcessGroup, num_numbers: int, name: str, direction: str, facts: tuple[Any, ...]
+    ) -> None: ...
+
+    def note_eval(self, name: str) -> None: ...
+
+
+_observer: Observer | None = None
+_HINT = "Where the others were, SYNCBN_CHECK_ORDER=1 shows in the next run (see syncbn.debug)."
+
+
+def observe(observer: Observer | None) -> Observer | None:
+    """Let ``observer`` be told of all exchanges of this process, and return the one before."""
+    global _observer
+    before, _observer = _observer, observer
+    return before
+
+
+def note_eval(name: str) -> None:
+    """Tell the observer, if there is one, that a layer runs in eval mode, without an exchange."""
+    if _observer is not None and not torch.compiler.is_compiling():
+        _observer.note_eval(name)
+
+
+def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
+    """Find the process group of ``spec``, None where there is nothing to exchange; see `GroupSpec.resolve`."""
+    if not torch.compiler.is_compiling():
+        world = current_world()
+        if world is None:
+            return None
+        group = spec.found()
+        if group is not None and spec.found_in() is world:
+            return group
+    try:
+        return spec.resolve() if torch.compiler.is_compiling() else spec.resolve_and_remember()
+    except RuntimeError as error:
+        raise explain(error, name, "when the process groups were made") from error
+
+
+def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: tuple[Any, ...] = ()) -> Tensor:
+    """Sum one packed buffer over the ranks of ``group``: one collective. ``packed`` may be overwritten.
+
+    Where gradients must flow through the sum (second order), its gradient is again a sum over the ranks.
+
+    On gloo small buffers are gathered, and added up here in one order: half the network's delays, and the same bits on
+    all machines of one kind. Which collective it is depends on the group and the size alone, so that a rank whose
+    torch.compile gave up agrees with the others. torch.compile needs the functional collectives.
+
+    Args:
+        packed: ``(n,)``.
+        group: More than one rank.
+        name: Whose exchange it is, in messages.
+        direction: Such as "forward", in messages.
+        facts: For the observer: the input; whether it needs a gradient; eps; momentum.
+
+    Raises:
+        RuntimeError: What the backend raises, of the same class, with name, direction and rank.
     """
     if packed.requires_grad:
-        summed: Tensor = _Sum.apply(packed, group)
-        return summed
-    return Exchange(packed, group).wait()
+        differentiable: Tensor = _Sum.apply(packed, group, name, direction, facts)
+        return differentiable
+    is_compiling, num_ranks = torch.compiler.is_compiling(), group.size()
+    # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
+    gathers = packed.device.type == "cpu" and packed.numel() * num_ranks <= _GATHER_BYTES // 8
+    gathers = gathers and backend_name(group) == "gloo"
+    if is_compiling and gathers:
+        return gather_in_graph(packed, group).view(num_ranks, -1).sum(0)
+    if is_compiling:
+        return all_reduce_in_graph(packed, group)
+    if _observer is not None:
+        _observer.before_exchange(group, packed.numel(), name, direction, facts)
+    try:
+        if not gathers:
+            dist.all_reduce(packed, group=group)
+            return packed
+        gathered = packed.new_empty(num_ranks * packed.numel())  # flat, as gloo wants it
+        all_gather_single(gathered, packed, group)
+        return gathered.view(num_ranks, -1).sum(0)
+    except RuntimeError as error:
+        raise explain(error, name, direction) from error
 
 
 class _Sum(torch.autograd.Function):
     """Sum over the ranks, whose gradient is the sum over the ranks of the gradients: each rank uses the result."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return Exchange(packed.clone(), group).wait()
+    def forward(
+        ctx: Any, packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.arguments = group, name, "second-order backward", facts
+        return all_reduce(packed.detach().clone(), group, name, direction, facts)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(dy, ctx.group), None  # dy belongs to autograd: it must not be overwritten
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # a copy: dy belongs to autograd, and must not be overwritten
+        return _Sum.apply(dy, *ctx.arguments), None, None, None, None
 
 
-class Exchange:
-    """One sum over the ranks under way: the constructor starts it, `wait` returns it. ``packed`` may be overwritten.
-
-    On gloo small buffers are gathered, and added up here in one order: the same bits on all machines of one kind.
-    Which collective it is depends on the group and the size alone, so that a rank whose torch.compile gave up agrees
-    with the others. torch.compile needs the functional collectives.
-    """
-
-    def __init__(self, packed: Tensor, group: ProcessGroup) -> None:
-        self.work, self.shape = None, (group.size(), packed.numel())
-        is_cpu = packed.device.type == "cpu"  # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
-        self.gathers = packed.numel() <= gather_limit(group, is_cpu)
-        if torch.compiler.is_compiling():
-            self.result = gather_in_graph(packed, group) if self.gathers else all_reduce_in_graph(packed, group)
-        elif self.gathers:
-            self.result = packed.new_empty(group.size() * packed.numel())  # flat, as gloo wants it
-            self.work = all_gather_single(self.result, packed, group, async_op=True)
-        else:
-            self.result = packed
-            self.work = dist.all_reduce(packed, group=group, async_op=True)
-
-    def wait(self) -> Tensor:
-        """Return the sum."""
-        if self.work is not None:
-            self.work.wait()
-        return self.result.view(self.shape).sum(0) if self.gathers else self.result
-
-
-_GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
-
-
-def gather_limit(group: ProcessGroup, is_cpu: bool) -> int:
-    """Return up to how many numbers a gather and a local sum is quicker: on gloo, half the network's delays."""
-    return _GATHER_BYTES // 8 // group.size() if is_cpu and backend_name(group) == "gloo" else 0
+def explain(error: Exception, name: str, direction: str) -> Exception:
+    """Return an error of the class of ``error`` that says where it was raised, and what to do."""
+    hint = _HINT if _observer is None else _observer.hint
+    text = f"{error}\nsyncbn: raised in the exchange of {name}, {direction}, on rank {rank_in_world()}. {hint}"
+    try:
+        return type(error)(text)
+    except Exception:  # its class wants something else
+        return RuntimeError(text)

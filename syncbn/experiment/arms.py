@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import syncbn
-from syncbn.collectives import check_size
+from syncbn.distributed.subgroups import check_size
 from syncbn.experiment.make import make
 from syncbn.lightning import NormConverter
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
-from syncbn.batchnorm import SyncBatchNormAct
-from syncbn.collectives import check_size
+from syncbn.nn.batchnorm import SyncBatchNormAct
+from syncbn.distributed.subgroups import check_size
 from syncbn.experiment.batches import BatchPlan
 
 INSTEAD = "use engine=torchrun (for launch/train.py: torchrun --nproc-per-node, without simulate)"

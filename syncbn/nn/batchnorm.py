@@ -1,17 +1,19 @@
 """The layer: nn.BatchNorm's words, keys and numbers, with the statistics of the batch on all ranks."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ddp, debug, functional
-from .autograd import Layer
-from .collectives import GroupSpec, ProcessGroupLike
-from .compat import BatchNorm
-from .debug.names import give_number
+from ..compat import BatchNorm
+from ..distributed import ddp
+from ..distributed.exchange import group_of, note_eval
+from ..distributed.groups import GroupSpec, ProcessGroupLike
+from ..functional import one_process
+from ..ops.autograd import train_step
+from ..ops.checks import check_input
+from ..private import active_ddp
 
 
 class SyncBatchNorm(BatchNorm):
@@ -67,57 +69,86 @@ class SyncBatchNorm(BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
 
+    _converted_from: type[nn.Module] | None = None  # None for a layer that was written as it is
+    _layer_name: str | None = None  # "path (class of the model)", for messages
+    _last_dims: int | None = None  # of an input
+
     @property
     def process_group(self) -> Any:
         """Ranks that share statistics, as given; for a layer unpickled with a ProcessGroup, the group of its ranks."""
-        spec = self._group_spec
-        return spec.resolve() if spec.value is None and spec.ranks is not None else spec.value
+        return self._group_spec.given()
 
     @process_group.setter
     def process_group(self, value: ProcessGroupLike | GroupSpec) -> None:
         self._group_spec = value if isinstance(value, GroupSpec) else GroupSpec(value)
-        give_number(self)
+
+    @property
+    def group_spec(self) -> GroupSpec:
+        """Ranks that share statistics, as a value that copies and pickles."""
+        return self._group_spec
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""
-        self._check(input)
-        if self.training:
-            return functional.normalize([self._enter(input)], self._group_spec)[0]
-        if debug.is_on():
-            debug.pass_by(self)
-        # without running statistics those of its own batch, on this rank alone, as nn.BatchNorm does
-        running = self.running_mean, self.running_var
-        return F.batch_norm(input, *running, self.weight, self.bias, running[0] is None, 0.0, self.eps)
-
-    def _check(self, input: Tensor) -> None:
         self._check_input_dim(input)
-        weight = self.weight
-        parameter = self.running_mean if weight is None else weight
-        num_features = self.num_features if parameter is None else parameter.size(0)
-        functional.check_input(input, num_features, parameter, self.eps if self.training else None)
-
-    def _enter(self, input: Tensor) -> Layer:
-        """Begin a training step: hand over what it needs."""
-        ddp.check_in(_has_subgroup if self._group_spec.is_subgroup else None)
-        parameters, buffers = self._parameters, self._buffers  # getattr finds them after a long search
-        try:
-            weight, bias = parameters["weight"], parameters["bias"]
-            mean, var, num_batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        except KeyError:  # set as other attributes
-            weight, bias = self.weight, self.bias
+        if not self.training:
+            return self._evaluate(input)
+        is_compiling, mean, var, num_batches = torch.compiler.is_compiling(), None, None, None
+        if self.track_running_stats:
             mean, var, num_batches = self.running_mean, self.running_var, self.num_batches_tracked
-        if not self.track_running_stats:
-            mean = var = num_batches = None
-        return Layer(input, mean, var, weight, bias, self.momentum, self.eps, num_batches, self)
+        name = ""  # in a graph one layer's name must not stand for all
+        if not is_compiling:
+            if active_ddp() is not None:
+                self._enter_ddp(active_ddp())
+            name = self._layer_name or f"SyncBatchNorm({self.num_features})"
+        group, parameters = group_of(self._group_spec, name), (self.weight, self.bias)
+        if group is None:
+            check_input(input, parameters[0], mean, self.eps, self.num_features)
+            return one_process(input, mean, var, *parameters, num_batches, self.momentum, self.eps)
+        return train_step(
+            input, *parameters, mean, var, num_batches, self.momentum, self.eps, group, name, self.num_features
+        )
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        mean, var, weight = self.running_mean, self.running_var, self.weight
+        check_input(x, weight, mean, None, self.num_features)
+        if not torch.compiler.is_compiling():
+            note_eval(self._layer_name or f"SyncBatchNorm({self.num_features})")
+        # without running statistics those of its own batch, on this rank alone, as nn.BatchNorm does
+        return F.batch_norm(x, mean, var, weight, self.bias, mean is None, 0.0, self.eps)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Check what the class that the layer was converted from checks, as nn.BatchNorm2d wants 4 dimensions."""
-        original = self.__dict__.get("_syncbn_original")
-        if original is None and not torch.compiler.is_compiling():
-            self.__dict__["_input_dims"] = input.dim()  # so that revert(as_batchnorm=True) finds the right class
-        check = getattr(original.cls, "_check_input_dim", None) if original is not None else None
+        check = getattr(self._converted_from, "_check_input_dim", None)
         if check is not None:
             check(self, input)
+        elif not torch.compiler.is_compiling():
+            self.__dict__["_last_dims"] = input.dim()  # Module's own way takes longer
+
+    def _enter_ddp(self, module: nn.Module) -> None:
+        """Take part in the forward pass of a DDP module; see `ddp`."""
+        ddp.refuse_join(module)
+        if self._group_spec.is_subgroup:
+            ddp.keep_from_copies(module, lambda m: isinstance(m, SyncBatchNorm) and m._group_spec.is_subgroup)
+        if self._layer_name is None:
+            self._layer_name = f"SyncBatchNorm({self.num_features})"
+            name_layers(module.module)
+
+    def _adopt(self, original: type[nn.Module], spec: GroupSpec) -> dict[str, Any]:
+        """Begin as a layer that was of another class so far; return what `_release` takes to end it."""
+        before = {name: self.__dict__.pop(name) for name in _STATE if name in self.__dict__}
+        self.__dict__.update(_group_spec=spec, _converted_from=original)
+        return before
+
+    def _release(self, before: dict[str, Any]) -> None:
+        """Give up what this class keeps on a layer, for what there was before `_adopt`."""
+        for name in _STATE:
+            self.__dict__.pop(name, None)
+        self.__dict__.update(before)
+
+    @property
+    def last_dims(self) -> int | None:
+        """Dimensions of the last input; None if there was none, or for a converted layer."""
+        return self._last_dims
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments, the process group only where it is not the world."""
@@ -127,24 +158,19 @@ class SyncBatchNorm(BatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: ProcessGroupLike = None) -> nn.Module:
         """Convert every BatchNorm of ``module``: the same call as torch's, done by `syncbn.convert`."""
-        from . import convert  # the door: conversion knows the layer, not the other way round
+        from .. import convert  # the door: conversion knows the layer, not the other way round
 
         return convert(module, process_group=process_group)
 
 
-def forward_coalesced(layers: Sequence[SyncBatchNorm], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Run independent layers in train mode and of one process group on their inputs: one exchange each way.
-
-    Forward hooks are not run: the caller has made sure that there are none.
-    """
-    for layer, x in zip(layers, inputs, strict=True):
-        layer._check(x)
-    entered = [layer._enter(x) for layer, x in zip(layers, inputs, strict=True)]
-    return functional.normalize(entered, layers[0]._group_spec)
+_STATE = ("_group_spec", "_converted_from", "_layer_name", "_last_dims")
 
 
-def _has_subgroup(module: nn.Module) -> bool:
-    return isinstance(module, SyncBatchNorm) and module._group_spec.is_subgroup
+def name_layers(model: nn.Module) -> None:
+    """Name all SyncBatchNorm layers for messages: "path (class of the model)"."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, SyncBatchNorm) and path:
+            layer._layer_name = f"{path} ({type(model).__name__})"
 
 
 class SyncBatchNormAct(SyncBatchNorm):

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import functional
-from .compat import BatchNorm
-from .kernels.ghost import ghost_batch_norm
+from ..compat import BatchNorm
+from ..ops.checks import check_input
+from ..ops.layout import has_memory_format, memory_format
+
+# Values per split below which a call per split costs more than gathering the splits as channels (CPU, measured).
+_MIN_SPLIT = 40_000
 
 
 class GhostBatchNorm(BatchNorm):
@@ -95,8 +98,7 @@ class GhostBatchNorm(BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""
-        parameter = self.running_mean if self.weight is None else self.weight
-        functional.check_input(input, self.num_features, parameter)
+        check_input(input, self.weight, self.running_mean, None, self.num_features)
         if not self.training and self.running_mean is not None:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         tracks = self.training and self.track_running_stats
@@ -140,3 +142,55 @@ class GhostBatchNorm(BatchNorm):
     def extra_repr(self) -> str:
         """Show the constructor's arguments."""
         return f"{super().extra_repr()}, num_splits={self.num_splits}"  # type: ignore[no-untyped-call]
+
+
+def ghost_batch_norm(
+    x: Tensor,
+    num_splits: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    batch: Tensor | None = None,
+) -> Tensor:
+    """Normalize each of ``num_splits`` consecutive parts of ``x`` by its own statistics.
+
+    Args:
+        x: ``(N, C, *)``; ``num_splits`` divides N.
+        num_splits: Parts of the batch.
+        weight: ``(C,)`` or None for 1.
+        bias: ``(C,)`` or None for 0.
+        eps: Added to the variance under the root.
+        batch: Zeros ``(2, num_splits, C)`` to write the means and unbiased variances to, or None.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``x``.
+    """
+    parameters = [tensor for tensor in (weight, bias, batch) if tensor is not None]
+    is_large = x.device.type == "cpu" and x.numel() >= max(1, _MIN_SPLIT * num_splits)
+    is_same_dtype = all(p.dtype == x.dtype for p in parameters)
+    if not (is_large and is_same_dtype and has_memory_format(x)) or torch.compiler.is_compiling():
+        return _as_channels(x, num_splits, weight, bias, eps, batch)
+    running = [[None] * num_splits] * 2 if batch is None else batch
+    splits = zip(x.chunk(num_splits), *running, strict=True)
+    return torch.cat([F.batch_norm(x_s, mean, var, weight, bias, True, 1.0, eps) for x_s, mean, var in splits])
+
+
+def _as_channels(
+    x: Tensor, num: int, weight: Tensor | None, bias: Tensor | None, eps: float, batch: Tensor | None
+) -> Tensor:
+    """Gather the splits as channels, ``(N / S, S * C, *)``, for one call of F.batch_norm; autograd sees all of it."""
+    rows = x.shape[0] // num
+    weight, bias = (None if p is None else p.repeat(num) for p in (weight, bias))
+    # momentum 1: the "running" statistics become those of the batch
+    mean, var = (None, None) if batch is None else batch.view(2, -1)
+    if memory_format(x) is not torch.contiguous_format:
+        *positions, channels = x.movedim(1, -1).shape[1:]
+        parts = x.movedim(1, -1).reshape(num, rows, *positions, channels).movedim(0, -2)  # (N / S, *, S, C)
+        joined = parts.reshape(rows, *positions, num * channels).movedim(-1, 1)
+        y = F.batch_norm(joined, mean, var, weight, bias, True, 1.0, eps)
+        y = y.movedim(1, -1).reshape(parts.shape).movedim(-2, 0)
+        return y.reshape(len(x), *positions, channels).movedim(-1, 1)
+    parts = x.reshape(num, rows, *x.shape[1:]).transpose(0, 1)  # (N / S, S, C, *)
+    joined = parts.reshape(rows, num * x.shape[1], *x.shape[2:])
+    y = F.batch_norm(joined, mean, var, weight, bias, True, 1.0, eps)
+    return y.reshape(parts.shape).transpose(0, 1).reshape(x.shape)

@@ -1,12 +1,11 @@
-"""The four per-device primitives behind one interface; none of them communicates.
+"""The back ends of a training step, and which of them serves what.
 
-``local_sums`` and ``normalize`` make the forward pass, ``backward_sums`` and ``input_gradient`` the backward pass.
-`reference` serves every device and torch.compile. `fused` is C++ for the CPU, built on first use; `native` are torch's
-own fused operators for the CPU, where there is no compiler; `cuda` those for CUDA. Any of them can go on from what
-another computed. `ghost` stands beside them: it is what GhostBatchNorm computes.
+A back end implements four phases, none of which communicates: `reference` says what each computes. ``reference`` runs
+anywhere and under torch.compile; ``cpu`` is C++, built on first use; ``cuda`` are torch's own operators for CUDA. Any
+of them can go on from what another computed.
 
-``SYNCBN_KERNELS`` chooses: ``auto`` is the quickest that works here, ``fused`` the same with a warning where nothing
-can be built, ``native`` builds nothing, ``reference`` is reference.
+``SYNCBN_KERNELS`` chooses: ``auto`` is the quickest that works here, ``cpu`` the same with a warning where C++ cannot
+be built, ``reference`` is reference.
 """
 
 import os
@@ -18,29 +17,47 @@ import torch
 from torch import Tensor
 
 from ..private import are_transforms_active
-from . import cuda, fused, native, reference
-from .reference import sum_dtype as sum_dtype
+from . import cpu, cuda, reference
 
-CHOICES = ("auto", "reference", "native", "fused")
+CHOICES = ("auto", "reference", "cpu")
+_RENAMED = {"fused": "cpu"}  # former name of what is the same
+_MOST = 4096  # kinds of input that are kept
 
 
 class Kernels(Protocol):
-    """What an implementation offers; `reference` says what each computes."""
+    """The four phases; `reference` says what each computes."""
 
-    def local_sums(self, x: Tensor) -> Tensor: ...
+    def forward_reduce(self, x: Tensor, num_batches_tracked: Tensor | None) -> Tensor: ...
 
-    def normalize(
-        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor: ...
+    def forward_apply(
+        self,
+        x: Tensor,
+        summed: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]: ...
 
-    def backward_sums(self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]: ...
+    def backward_reduce(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        weight_dtype: torch.dtype | None,
+        bias_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
-    def input_gradient(
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+    def backward_apply(
+        self, dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, summed: Tensor
     ) -> Tensor: ...
 
 
 def _check(name: str) -> str:
+    name = _RENAMED.get(name, name)
     if name not in CHOICES:
         raise ValueError(f"SYNCBN_KERNELS: expected one of {', '.join(CHOICES)}, got {name!r}.")
     return name
@@ -54,31 +71,36 @@ def use_kernels(name: str) -> Iterator[None]:
     """Choose the kernels of all layers inside the context, as ``SYNCBN_KERNELS`` does for the whole process.
 
     Args:
-        name: "auto", "reference", "native" or "fused".
+        name: "auto", "reference" or "cpu".
 
     Raises:
         ValueError: For any other name.
     """
     global _chosen
     before, _chosen = _chosen, _check(name)
+    kernels_of.clear()
     try:
         yield
     finally:
         _chosen = before
+        kernels_of.clear()
 
 
-def choice() -> str:
-    """Return the name that is in force."""
-    return _chosen
+kernels_of: dict[object, Kernels] = {}  # chosen before, by the kind of input: see `autograd`
 
 
-def choose(x: Tensor) -> Kernels:
-    """Choose the implementation for ``x``; any of them can go on from what another computed."""
-    if _chosen == "reference" or torch.compiler.is_compiling() or are_transforms_active():
-        return reference
-    if _chosen != "native" and fused.supports(x, quietly=_chosen == "auto"):
-        return fused
-    for kernels in (native, cuda):
-        if kernels.supports(x):
-            return kernels
-    return reference
+def choose(x: Tensor, *per_channel: Tensor | None) -> Kernels:
+    """Choose the kernels for ``x`` and its weight, bias, running_mean and running_var."""
+    found: Kernels | None = None
+    if _chosen != "reference" and not torch.compiler.is_compiling() and not are_transforms_active():
+        found = cpu.kernels_for(x, *per_channel, quietly=_chosen == "auto") or cuda.kernels_for(x)
+    return reference if found is None else found
+
+
+def remember(kind: object, kernels: Kernels) -> Kernels:
+    """Keep the kernels for a kind of input, but not those chosen while no value can be read back."""
+    if len(kernels_of) >= _MOST:
+        kernels_of.clear()
+    if not cuda.is_capturing():
+        kernels_of[kind] = kernels
+    return kernels

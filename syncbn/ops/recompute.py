@@ -11,17 +11,16 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from .moments import Batch
-from .private import running_backward, top_saved_tensors_hooks
+from ..private import running_backward, top_saved_tensors_hooks
 
 
 @dataclass
 class _Tape:
-    """Moments of the layers called in one checkpointed region, in order; any number of recomputations read them."""
+    """Sums of the layers called in one checkpointed region, in order; any number of recomputations read them."""
 
-    moments: list[Batch] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
     position: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # by backward pass
 
 
@@ -33,30 +32,26 @@ def is_recomputing() -> bool:
 
     A first forward pass that a backward hook starts looks the same, and updates no statistics either.
     """
-    return not torch.compiler.is_compiling() and _backward_pass() != -1
+    return bool(running_backward() != -1)
 
 
-def replay() -> Batch | None:
-    """Return the next record of the first pass, if this is a recomputation of a non-reentrant checkpoint."""
+def replay() -> Tensor | None:
+    """Return the next sums of the first pass, if this is a recomputation of a non-reentrant checkpoint."""
     frame, is_first_pass = _checkpoint_frame()
     tape = None if frame is None or is_first_pass else _tapes.get(frame)
     if tape is None:
         return None
-    position = tape.position[_backward_pass()]
-    tape.position[_backward_pass()] += 1
-    return tape.moments[position] if position < len(tape.moments) else None
+    backward_pass = int(running_backward())
+    position = tape.position[backward_pass]
+    tape.position[backward_pass] += 1
+    return tape.sums[position] if position < len(tape.sums) else None
 
 
-def record(moments: Batch) -> None:
-    """Keep ``moments`` for the recomputations, if this is the first pass of a non-reentrant checkpoint."""
+def record(summed: Tensor) -> None:
+    """Keep ``summed`` for the recomputations, if this is the first pass of a non-reentrant checkpoint."""
     frame, is_first_pass = _checkpoint_frame()
     if frame is not None and is_first_pass:
-        _tapes.setdefault(frame, _Tape()).moments.append(moments)
-
-
-def _backward_pass() -> int:
-    """Identify the running backward pass; -1 outside of any."""
-    return int(running_backward())
+        _tapes.setdefault(frame, _Tape()).sums.append(summed)
 
 
 def _checkpoint_frame() -> tuple[Any, bool]:
@@ -65,8 +60,6 @@ def _checkpoint_frame() -> tuple[Any, bool]:
     It stands in the closure of the hook that packs saved tensors: as ``frame`` in the first pass, as a weak reference
     ``target_frame_ref`` in a recomputation.
     """
-    if torch.compiler.is_compiling():
-        return None, False
     hooks = top_saved_tensors_hooks(True)
     pack: Any = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks else None
     if getattr(pack, "__module__", None) != "torch.utils.checkpoint":

@@ -1,106 +1,195 @@
-"""The four primitives in public torch operators: any device, any memory format, traceable by torch.compile.
+"""The four phases in public torch operators: any device, any memory format, traceable by torch.compile.
 
 ``x`` and ``dy`` have shape ``(N, C, *)``. The passes over ``x`` run in its own dtype, half types in float32
-(`sum_dtype`); so do per-channel tensors, shape ``(C,)``, but for what travels between ranks, which is float64. Sums
-are taken of ``x - shift``, where ``shift`` is a mean in that dtype: the difference of close numbers is exact, and what
-rounding left is added per channel in float64. So the precision of the variance does not depend on how large the mean
-is. In the full types each primitive allocates one tensor of the size of ``x``: memory that is not asked for anew is
-not paged in anew.
+(`layout.SUM_DTYPE`); per-channel arithmetic, shape ``(C,)``, and what travels between ranks is float64. Sums are taken
+of ``x - shift``, where ``shift`` is a mean as the passes round it: the difference of close numbers is exact, and what
+rounding left is added per channel in float64. So precision does not depend on how large the mean is. In the full types
+each phase allocates one tensor of the size of ``x``: memory that is not asked for anew is not paged in anew.
 """
 
 import torch
 from torch import Tensor
 
-from ..compat import cast
+from .layout import SUM_DTYPE
 
-_ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+_WIDE = torch.float64
+# No conversion here is without effect: torch 2.11 then makes the gradients of compiled Functions zero.
 
 
-def local_sums(x: Tensor) -> Tensor:
-    """Compute ``[sum, sqsum, count]`` of this rank's values per channel, around a shift.
+def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tensor:
+    """Compute ``[sum, sqsum, count]`` of this rank's values per channel; count the batch.
 
-    The shift is the mean of an eighth of the samples. That can be no further than ``sqrt(7) * std`` from the mean of
-    all of them, so at most three bits of the variance cancel.
+    The sums are taken around the mean of an eighth of the samples. That can be no further than ``sqrt(7) * std`` from
+    the mean of all of them, so at most three bits of the variance cancel.
 
     Returns:
-        ``(2C + 1,)``, float64; zeros where ``x`` is empty.
+        ``packed``, ``(2C + 1,)``, float64; zeros where ``x`` is empty.
     """
-    dims, count = _reduced_dims(x), x.numel() // x.shape[1]
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
     some = x[: (x.shape[0] + 7) // 8]
-    shift = some.sum(dims, dtype=sum_dtype(x)) / max(some.numel() // x.shape[1], 1)
-    centred = x - per_channel(shift, x)
-    rest, shift = centred.sum(dims).double(), shift.double()
+    shift = some.sum(dims, dtype=SUM_DTYPE.get(x.dtype, x.dtype)) / max(some.numel() // x.shape[1], 1)
+    centred = x - shift.view(1, -1, *[1] * (x.dim() - 2))
+    rest = centred.sum(dims)
+    wide = torch.stack([shift, rest, centred.square_().sum(dims)])
+    if wide.dtype != _WIDE:
+        wide = wide.to(_WIDE)
+    shift, rest, sqrest = wide.unbind()
     sum = torch.add(rest, shift, alpha=count)
-    sqsum = torch.addcmul(centred.square_().sum(dims).double(), shift, sum + rest)
-    return torch.cat([sum, sqsum, sum.new_full((1,), count)])
+    return torch.cat([sum, torch.addcmul(sqrest, shift, sum + rest), sum.new_full((1,), count)])
 
 
-def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Compute ``y = (x - mean) * invstd * weight + bias`` in the dtype and memory format of ``x``."""
-    return _affine(x, *forward_line(mean, invstd, weight, bias))
+def forward_apply(
+    x: Tensor,
+    summed: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``y = (x - mean) * invstd * weight + bias``, and move the running statistics if there are any.
 
-
-def backward_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute ``sum_dy`` and ``sum_dy_xhat`` of this rank per channel, with ``xhat = (x - mean) * invstd``.
+    Args:
+        x: ``(N, C, *)``.
+        summed: ``packed`` of all ranks added up.
+        weight: ``(C,)`` or None for 1.
+        bias: ``(C,)`` or None for 0.
+        running_mean: ``(C,)`` or None; changed in place.
+        running_var: ``(C,)`` or None; changed in place, towards the unbiased variance.
+        num_batches_tracked: ``()``, this batch included; read where ``momentum`` is None.
+        momentum: A number, a tensor of one element that is not read back to the host, or None for the average of all
+            batches so far.
+        eps: Added to the variance under the root.
 
     Returns:
-        ``(C,)`` and ``(C,)``, float32 or float64; zeros where ``x`` is empty.
+        y, in the dtype and memory format of ``x``; and the batch statistics ``[mean, invstd, count]`` of all ranks,
+        ``(2C + 1,)``, float64.
     """
-    dims = _reduced_dims(x)
-    sum_dy = dy.sum(dims, dtype=mean.dtype)
-    return sum_dy, (x - per_channel(mean, x)).mul_(dy).sum(dims) * invstd
+    statistics = batch_statistics(
+        summed, running_mean, running_var, num_batches_tracked, momentum, eps, is_empty=x.numel() == 0
+    )
+    mean, invstd = statistics[:-1].chunk(2)
+    slope = invstd if weight is None else invstd * weight
+    dtype = SUM_DTYPE.get(x.dtype, x.dtype)
+    if dtype != _WIDE:
+        slope = slope.to(dtype)
+    # With the slope as it was rounded, the error of y stays below 3e-7 * mean/std in float32.
+    constant = mean * -slope if bias is None else bias - mean * slope
+    return _affine(x, slope, constant if dtype == _WIDE else constant.to(dtype)), statistics
 
 
-def input_gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+def batch_statistics(
+    summed: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | Tensor | None,
+    eps: float,
+    is_empty: bool,
 ) -> Tensor:
+    """Compute ``[mean, invstd, count]``; move the running statistics: ``new = (1 - momentum) * old + momentum * b``.
+
+    With n values per channel over all ranks, ``mean = sum / n``, ``var = sqsum / n - mean**2`` and ``invstd =
+    rsqrt(var + eps)`` (Ioffe & Szegedy 2015, algorithm 1), in float64: cancellation costs at most
+    ``(mean/std)**2 * 2e-16`` of the variance. ``running_var`` moves towards ``var * n / (n - 1)``.
+
+    Args:
+        summed: See `forward_apply`, as the others.
+        running_mean: Or None.
+        running_var: Or None.
+        num_batches_tracked: Or None.
+        momentum: Or None.
+        eps: Added to the variance under the root.
+        is_empty: Whether this rank has no values, so that ``n`` may be 0: then mean and variance are 0, never NaN, and
+            the running statistics stay.
+    """
+    count = summed[-1]
+    mean, var = moments(summed, is_empty)
+    if running_mean is not None and running_var is not None:
+        unbiased = var * (count / (count - 1))
+        if momentum is None and num_batches_tracked is not None:
+            momentum = 1.0 / num_batches_tracked.double()
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            step = batch - running  # float64: all ranks round alike, whatever back end each takes
+            if is_empty:
+                step = torch.where(count > 0, step, 0)
+            if isinstance(momentum, Tensor):
+                running.add_(step * momentum)
+            else:
+                running.add_(step, alpha=momentum or 0.0)
+    return torch.cat([mean, (var + eps).rsqrt_(), count.view(1)])
+
+
+def moments(summed: Tensor, is_empty: bool = True) -> tuple[Tensor, Tensor]:
+    """Compute mean and biased variance ``(C,)`` of ``[sum, sqsum, count]``, float64."""
+    divisor = summed[-1].clamp(min=1) if is_empty else summed[-1]
+    mean, sqmean = (summed[:-1] / divisor).chunk(2)
+    return mean, torch.addcmul(sqmean, mean, mean, value=-1).clamp_(min=0)
+
+
+def backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute ``[sum_dy, sum_dy_xhat]`` of this rank per channel, with ``xhat = (x - mean) * invstd``.
+
+    Args:
+        dy: ``(N, C, *)``.
+        x: ``(N, C, *)``.
+        statistics: ``[mean, invstd, count]`` of `forward_apply`.
+        weight_dtype: Dtype of grad_weight; None if it is not asked for.
+        bias_dtype: Dtype of grad_bias; None if it is not asked for.
+
+    Returns:
+        ``packed``, ``(2C,)``, float64, zeros where ``x`` is empty; grad_weight and grad_bias, ``(C,)``, of this rank.
+    """
+    dims, dtype = [0, *range(2, x.dim())], SUM_DTYPE.get(x.dtype, x.dtype)
+    mean, invstd = statistics[:-1].chunk(2)
+    shift = mean if dtype == _WIDE else mean.to(dtype)
+    sum_dy = dy.sum(dims, dtype=dtype)
+    wide = torch.stack([sum_dy, (x - shift.view(1, -1, *[1] * (x.dim() - 2))).mul_(dy).sum(dims)])
+    if dtype != _WIDE:
+        wide = wide.to(_WIDE)
+    sum_dy, sum_dy_xmu = wide.unbind()
+    sum_dy_xhat = torch.addcmul(sum_dy_xmu, shift - mean, sum_dy) * invstd
+    grad_weight = None if weight_dtype is None else sum_dy_xhat.to(weight_dtype)
+    grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype)
+    return torch.cat([sum_dy, sum_dy_xhat]), grad_weight, grad_bias
+
+
+def backward_apply(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, summed: Tensor) -> Tensor:
     """Compute ``dx = weight * invstd * (dy - sum_dy / n - xhat * sum_dy_xhat / n)``.
 
-    ``sums`` is ``[sum_dy, sum_dy_xhat]`` over all ranks, ``(2C,)``, and ``count`` their values per channel n, ``()``;
-    both float64.
+    ``summed`` is ``packed`` of `backward_reduce`, all ranks added up, and n the count in ``statistics``.
     """
-    scale, slope, constant = backward_plane(mean, invstd, weight, sums, count)
-    dx = _affine(cast(x, mean.dtype), slope, constant).addcmul_(dy, per_channel(scale, x))
-    return cast(dx, x.dtype)
-
-
-def forward_line(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute the slope and constant, ``(C,)``, of ``y = slope * x + constant``.
-
-    The constant has the slope as it was rounded, so that the error of y stays below ``3e-7 * mean/std`` in float32.
-    """
-    slope = invstd if weight is None else invstd * weight
-    return slope, -mean * slope if bias is None else torch.addcmul(cast(bias, mean.dtype), mean, slope, value=-1)
-
-
-def backward_plane(
-    mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute scale, slope and constant, ``(C,)``, of ``dx = scale * dy + slope * x + constant``."""
+    mean, invstd = statistics[:-1].chunk(2)
     scale = invstd if weight is None else invstd * weight
-    offset, tilt = ((sums / -count).to(scale.dtype).view(2, -1) * scale).unbind()
+    offset, tilt = ((summed / -statistics[-1]).view(2, -1) * scale).unbind()
+    dtype = SUM_DTYPE.get(x.dtype, x.dtype)
     slope = tilt * invstd
-    return scale, slope, torch.addcmul(offset, mean, slope, value=-1)
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which the passes over ``x`` run."""
-    return _ACCUMULATE.get(x.dtype, x.dtype)
-
-
-def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Shape per-channel values ``(C,)`` as ``(1, C, 1, …)``."""
-    return values.view(1, -1, *[1] * (x.dim() - 2))
+    if dtype != _WIDE:
+        scale, slope = torch.stack([scale, slope]).to(dtype).unbind()
+    constant = offset - mean * slope
+    if dtype != _WIDE:
+        constant = constant.to(dtype)
+    dx = _affine(x if x.dtype == dtype else x.to(dtype), slope, constant)
+    dx = dx.addcmul_(dy, scale.view(1, -1, *[1] * (x.dim() - 2)))
+    return dx if x.dtype == dtype else dx.to(x.dtype)
 
 
 def _affine(x: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
     """Compute ``slope * x + constant`` in one pass."""
     if torch.compiler.is_compiling() or (slope.dtype == x.dtype and x.stride(1) == 1):  # vectorized over channels
-        return cast(torch.addcmul(per_channel(constant, x), x, per_channel(slope, x)), x.dtype)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        y = torch.addcmul(constant.view(shape), x, slope.view(shape))
+        return y if y.dtype == x.dtype else y.to(x.dtype)
     zero, one = torch.zeros_like(slope), torch.ones_like(slope)
     # eval mode: one pass over rows; F.batch_norm refuses an eps of 0 before torch 2.13
     return torch.batch_norm(x, slope, constant, zero, one, False, 0.0, 0.0, False)
-
-
-def _reduced_dims(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]

@@ -12,6 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 
+MODE_WHEN_UNFROZEN = "_mode_when_unfrozen"  # attribute of a frozen layer
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether `freeze` keeps ``layer`` in eval mode."""
+    return MODE_WHEN_UNFROZEN in layer.__dict__
+
 
 def freeze(module: M) -> M:
     """Put every BatchNorm layer of ``module`` into eval mode and keep it there, whatever ``train()`` says.
@@ -28,8 +35,8 @@ def freeze(module: M) -> M:
     if not layers:
         warnings.warn("syncbn.freeze found no BatchNorm layer.", stacklevel=2)
     for layer in layers.values():
-        if "train" not in layer.__dict__:
-            layer.__dict__["_mode_when_thawed"] = layer.training
+        if not is_frozen(layer):
+            layer.__dict__[MODE_WHEN_UNFROZEN] = layer.training
             layer.__dict__["train"] = partial(_train_frozen, layer)  # a partial copies and pickles with its layer
             layer.training = False
     return module
@@ -38,12 +45,12 @@ def freeze(module: M) -> M:
 def unfreeze(module: M) -> M:
     """Undo `freeze`: every layer takes the mode it would have had without."""
     for layer in module.modules():
-        if "_mode_when_thawed" in layer.__dict__:
+        if is_frozen(layer):
             del layer.__dict__["train"]
-            layer.training = layer.__dict__.pop("_mode_when_thawed")
+            layer.training = layer.__dict__.pop(MODE_WHEN_UNFROZEN)
     return module
 
 
 def _train_frozen(layer: nn.Module, mode: bool = True) -> nn.Module:
-    layer.__dict__["_mode_when_thawed"] = mode
+    layer.__dict__[MODE_WHEN_UNFROZEN] = mode
     return layer

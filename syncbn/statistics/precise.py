@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 
-from . import debug, kernels
-from .collectives import GroupSpec, all_reduce
-from .moments import unpack
+from ..distributed.exchange import all_reduce, group_of
+from ..distributed.groups import GroupSpec
+from ..ops.reference import forward_reduce, moments
+from .freeze import MODE_WHEN_UNFROZEN, is_frozen
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,9 +75,9 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
     if num_batches_of_all == 0:
         raise ValueError("update_bn_stats: expected at least one batch on one of the ranks, got none on any.")
     for layer, total in zip(layers.values(), totals, strict=True):
-        count, mean, sqdev, _ = unpack(total, eps=0.0)
+        count, (mean, var) = total[-1], moments(total)
         if count > 0:
-            _write(layer, mean, sqdev / (count - 1).clamp_(min=1))
+            _write(layer, mean, var * count / (count - 1).clamp(min=1))
     return model
 
 
@@ -92,7 +92,7 @@ def average_bn_stats(model: M) -> M:
     Returns:
         ``model`` itself.
     """
-    layers = [layer for layer in _layers(model).values() if "train" not in layer.__dict__]  # as freeze marks them
+    layers = [layer for layer in _layers(model).values() if not is_frozen(layer)]
     if not layers:
         warnings.warn("syncbn.average_bn_stats found no BatchNorm layer to average.", stacklevel=2)
         return model
@@ -149,23 +149,15 @@ def _add_input(name: str, sums: Tensor, layer: nn.Module, args: tuple[Any, ...],
             f"update_bn_stats: expected an input (N, {num_features}, *) for the {type(layer).__name__} {name!r}, "
             f"got {tuple(x.shape)}; freeze or eval() the layer to leave it out."
         )
-    sums += kernels.reference.local_sums(x).to(sums.device)
+    sums += forward_reduce(x).to(sums.device)
 
 
 def _sum_over_ranks(caller: str, parts: list[Tensor]) -> list[Tensor]:
     """Sum float64 vectors over the world, each back to its device: one exchange."""
-    packed, group = torch.cat([part.to(parts[0].device) for part in parts]), GroupSpec(None).resolve()
-    total = packed if group is None else _sum(caller, packed, group)
+    packed, group = torch.cat([part.to(parts[0].device) for part in parts]), group_of(GroupSpec(None), caller)
+    total = packed if group is None else all_reduce(packed, group, caller, "statistics")
     pieces = torch.split(total, [len(part) for part in parts])
     return [piece.to(part.device) for piece, part in zip(pieces, parts, strict=True)]
-
-
-def _sum(caller: str, packed: Tensor, group: ProcessGroup) -> Tensor:
-    debug.announce("statistics", [caller], (), (), packed.numel(), group)
-    try:
-        return all_reduce(packed, group)
-    except RuntimeError as error:
-        raise debug.explain(error, "statistics", [caller]) from error
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -197,9 +189,9 @@ def _write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
 
 @contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
-    """Leave modes and buffers as they were, frozen layers' mode when thawed included."""
+    """Leave modes and buffers as they were, frozen layers' mode when unfrozen included."""
     modules = list(model.modules())
-    names = ("training", "_mode_when_thawed")
+    names = ("training", MODE_WHEN_UNFROZEN)
     modes = [(module, name, getattr(module, name)) for module in modules for name in names if hasattr(module, name)]
     buffers = [
         (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.collectives import GroupSpec
+from syncbn.distributed.groups import GroupSpec
 from syncbn.compat import destroy_process_group
 
 FAKE_WORLD_SIZE = 8

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from syncbn import kernels
-from syncbn.kernels import selfcheck
+from syncbn.ops import selfcheck
 
 from .inputs import DTYPES, name_of
 from .outcome import Outcome, Row, Table

@@ -1,4 +1,4 @@
-// The four primitives on CPU, each one pass over memory: see fused.py, which builds and calls this file.
+// The four phases on CPU, each one pass over memory: see cpu.py, which builds and calls this file.
 //
 // Two loops serve all four: `sums` takes sum(a) and sum(a * b) per channel, `affine` writes
 // x * scale + offset + dy * slope. A dense tensor is [outer][channels][inner] in memory: NCHW has planes of
@@ -171,7 +171,7 @@ using Channel = std::vector<double>;
 // out = (x - mean) * scale + offset + dy * slope. The constant has the scale as it is rounded, so that the error of out
 // stays below 2e-7 * mean / std in float.
 template <bool PAIR, class T>
-void affine(const Shape& s, const T* x, const T* dy, T* out, const Channel& mean, const Channel& scale,
+void affine(const Shape& s, const T* x, const T* dy, T* out, const double* mean, const Channel& scale,
             const Channel& offset, const Channel& slope) {
   using F = compute<T>;
   auto of = [&](long c) {
@@ -198,145 +198,126 @@ void affine(const Shape& s, const T* x, const T* dy, T* out, const Channel& mean
   });
 }
 
-template <class F> void with_dtype(long dtype, F f) {  // numbered as in fused.py
+template <class F> void with_dtype(long dtype, F f) {  // numbered as in cpu.py
   if (dtype == 0) f(float{});
   if (dtype == 1) f(double{});
   if (dtype == 2) f(Half{});
   if (dtype == 3) f(BFloat{});
 }
 
-// What fused.py packs: every number and pointer takes eight bytes.
-struct Layout {
-  long dtype, threads, outer, channels, inner;  // dtype is that of x, dy, y and dx
-  Shape shape(long min_width) const { return {threads, outer, channels, inner, min_width}; }
-};
-struct Values {  // a per-channel tensor; p is null where there is none
-  long dtype;
-  void* p;
-};
-
 // A per-channel tensor as doubles (up to D more of them), `otherwise` if there is none.
-Channel channel(const Values& v, long num, double otherwise = 0) {
+Channel channel(long dtype, const void* p, long num, double otherwise = 0) {
   Channel out(num + D, otherwise);
-  if (v.p) with_dtype(v.dtype, [&](auto t) {
-      auto from = static_cast<const decltype(t)*>(v.p);
+  if (p) with_dtype(dtype, [&](auto t) {
+      auto from = static_cast<const decltype(t)*>(p);
       for (long c = 0; c < num; c += D)
         write(&out[c], load_double(Padded<decltype(t), D>(from + c, std::min(num - c, D)).values));
     });
   return out;
 }
 
+// Write doubles as a per-channel tensor, if there is one.
+void put(const double* from, long num, long dtype, void* p) {
+  if (p) with_dtype(dtype, [&](auto t) {
+      using T = decltype(t);
+      auto to = static_cast<T*>(p);
+      for (long c = 0; c < num; c += A<T>) {
+        vec<compute<T>, A<T>> v{};
+        T stored[A<T>];
+        long rest = std::min(num - c, A<T>);
+        for (long j = 0; j < rest; ++j) v[j] = from[c + j];
+        store<A<T>>(stored, v);
+        std::copy(stored, stored + rest, to + c);
+      }
+    });
+}
+
+// As in cpu.py. dtype is that of x, y, dy and dx; -1 where there is no such per-channel tensor.
+struct Layout {
+  long dtype, outer, channels, inner, weight, bias, running;
+  Shape shape(long threads, long min_width) const { return {threads, outer, channels, inner, min_width}; }
+};
+
 }  // namespace
 
+// Each returns 1, and has done nothing, if a tensor is not in memory.
 extern "C" {
 
-struct LocalSums {
-  Layout layout;
-  const void* x;
-  double* packed;
-};
-
-void local_sums(const LocalSums* a) {
-  with_dtype(a->layout.dtype, [&](auto t) {
-    auto x = static_cast<const decltype(t)*>(a->x);
-    sums<false>(a->layout.shape(D), x, x, a->packed);
+int forward_reduce(const Layout* a, long threads, const void* x, double* packed) {
+  if (!x) return 1;
+  with_dtype(a->dtype, [&](auto t) {
+    auto values = static_cast<const decltype(t)*>(x);
+    sums<false>(a->shape(threads, D), values, values, packed);
   });
-  a->packed[2 * a->layout.channels] = double(a->layout.outer * a->layout.inner);
+  packed[2 * a->channels] = double(a->outer * a->inner);
+  return 0;
 }
 
-struct Normalize {
-  Layout layout;
-  Values mean, invstd, weight, bias;
-  const void* x;
-  void* y;
-};
-
-void normalize(const Normalize* a) {
-  long channels = a->layout.channels;
-  Channel centre = channel(a->mean, channels), scale = channel(a->invstd, channels);
-  Channel factor = channel(a->weight, channels, 1), offset = channel(a->bias, channels);
-  for (long c = 0; c < channels; ++c) scale[c] *= factor[c];
-  with_dtype(a->layout.dtype, [&](auto t) {
-    using T = decltype(t);
-    auto x = static_cast<const T*>(a->x);
-    affine<false>(a->layout.shape(WIDTH), x, x, static_cast<T*>(a->y), centre, scale, offset, scale);
-  });
-}
-
-struct BackwardSums {
-  Layout layout;
-  Values mean, invstd;
-  const void *dy, *x;
-  double* sums;
-};
-
-void backward_sums(const BackwardSums* a) {
-  long channels = a->layout.channels;
-  Channel centre = channel(a->mean, channels), scale = channel(a->invstd, channels);
-  double *sum_dy = a->sums, *sum_dy_xhat = sum_dy + channels;
-  with_dtype(a->layout.dtype, [&](auto t) {
-    using T = decltype(t);
-    sums<true>(a->layout.shape(D), static_cast<const T*>(a->dy), static_cast<const T*>(a->x), sum_dy);
-  });
-  for (long c = 0; c < channels; ++c) sum_dy_xhat[c] = (sum_dy_xhat[c] - centre[c] * sum_dy[c]) * scale[c];
-}
-
-struct InputGradient {
-  Layout layout;
-  Values mean, invstd, weight;
-  const void *dy, *x;
-  const double *sums, *count;
-  void* dx;
-};
-
-void input_gradient(const InputGradient* a) {
-  long channels = a->layout.channels;
-  Channel centre = channel(a->mean, channels), scale = channel(a->invstd, channels);
-  Channel slope = channel(a->weight, channels, 1), offset = slope;
-  double n = std::max(*a->count, 1.0);
-  for (long c = 0; c < channels; ++c) {
-    slope[c] *= scale[c];
-    offset[c] = -slope[c] * a->sums[c] / n;
-    scale[c] *= -slope[c] * a->sums[channels + c] / n;
-  }
-  with_dtype(a->layout.dtype, [&](auto t) {
-    using T = decltype(t);
-    affine<true>(a->layout.shape(WIDTH), static_cast<const T*>(a->x), static_cast<const T*>(a->dy),
-                 static_cast<T*>(a->dx), centre, scale, offset, slope);
-  });
-}
-
-struct Advance {
-  long channels;
-  const double* packed;
-  double eps, momentum;
-  Values mean, invstd, running_mean, running_var;  // of float or double
-};
-
-// moments.py's `advance`: mean and invstd of the whole batch; the running statistics, if any, move towards it.
-void advance(const Advance* a) {
+// statistics: mean, invstd and count of the whole batch.
+int forward_apply(const Layout* a, long threads, double momentum, double eps, const void* x, const double* summed,
+                  const void* weight, const void* bias, void* running_mean, void* running_var, double* statistics,
+                  void* y) {
+  if (!x || (a->weight >= 0 && !weight) || (a->bias >= 0 && !bias)) return 1;
   long channels = a->channels;
-  const double *sum = a->packed, *sqsum = sum + channels, n = sum[2 * channels];
-  Channel mean(channels), sqdev(channels), invstd(channels);
+  const double *sum = summed, *sqsum = sum + channels, n = sum[2 * channels];
+  double *mean = statistics, *invstd = mean + channels;
+  Channel unbiased(channels), scale = channel(a->weight, weight, channels, 1);
   for (long c = 0; c < channels; ++c) {
     mean[c] = sum[c] / n;
-    sqdev[c] = std::max(sqsum[c] - sum[c] * mean[c], 0.0);  // NaN stays
-    invstd[c] = 1 / std::sqrt(sqdev[c] / n + a->eps);
+    double sqdev = std::max(sqsum[c] - sum[c] * mean[c], 0.0);  // NaN stays
+    invstd[c] = 1 / std::sqrt(sqdev / n + eps);
+    scale[c] *= invstd[c];
+    unbiased[c] = sqdev / (n - 1);
   }
-  auto put = [&](const Values& v, const Channel& from) {
-    if (v.dtype == 0) std::copy_n(from.data(), channels, static_cast<float*>(v.p));
-    if (v.dtype == 1) std::copy_n(from.data(), channels, static_cast<double*>(v.p));
+  statistics[2 * channels] = n;
+  auto move = [&](void* running, const double* batch) {
+    Channel now = channel(a->running, running, channels);
+    for (long c = 0; c < channels; ++c) now[c] += momentum * (batch[c] - now[c]);
+    put(now.data(), channels, a->running, running);
   };
-  auto move = [&](const Values& running, const Channel& batch) {
-    if (!running.p) return;
-    Channel now = channel(running, channels);
-    for (long c = 0; c < channels; ++c) now[c] += a->momentum * (batch[c] - now[c]);
-    put(running, now);
-  };
-  put(a->mean, mean);
-  put(a->invstd, invstd);
-  move(a->running_mean, mean);
-  for (double& v : sqdev) v /= n - 1;
-  move(a->running_var, sqdev);
+  move(running_mean, mean);
+  move(running_var, unbiased.data());
+  Channel offset = channel(a->bias, bias, channels);
+  with_dtype(a->dtype, [&](auto t) {
+    using T = decltype(t);
+    auto values = static_cast<const T*>(x);
+    affine<false>(a->shape(threads, WIDTH), values, values, static_cast<T*>(y), mean, scale, offset, scale);
+  });
+  return 0;
+}
+
+int backward_reduce(const Layout* a, long threads, const void* dy, const void* x, const double* statistics,
+                    double* packed, void* grad_weight, void* grad_bias) {
+  if (!x || !dy) return 1;
+  long channels = a->channels;
+  const double *mean = statistics, *invstd = mean + channels;
+  double *sum_dy = packed, *sum_dy_xhat = sum_dy + channels;
+  with_dtype(a->dtype, [&](auto t) {
+    using T = decltype(t);
+    sums<true>(a->shape(threads, D), static_cast<const T*>(dy), static_cast<const T*>(x), sum_dy);
+  });
+  for (long c = 0; c < channels; ++c) sum_dy_xhat[c] = (sum_dy_xhat[c] - mean[c] * sum_dy[c]) * invstd[c];
+  put(sum_dy_xhat, channels, a->weight, grad_weight);
+  put(sum_dy, channels, a->bias, grad_bias);
+  return 0;
+}
+
+int backward_apply(const Layout* a, long threads, const void* dy, const void* x, const double* statistics,
+                   const void* weight, const double* summed, void* dx) {
+  if (!x || !dy || (a->weight >= 0 && !weight)) return 1;
+  long channels = a->channels;
+  const double *mean = statistics, *invstd = mean + channels, n = mean[2 * channels];
+  Channel slope = channel(a->weight, weight, channels, 1), offset = slope, scale = slope;
+  for (long c = 0; c < channels; ++c) {
+    slope[c] *= invstd[c];
+    offset[c] = -slope[c] * summed[c] / n;
+    scale[c] = -slope[c] * invstd[c] * summed[channels + c] / n;
+  }
+  with_dtype(a->dtype, [&](auto t) {
+    using T = decltype(t);
+    affine<true>(a->shape(threads, WIDTH), static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx),
+                 mean, scale, offset, slope);
+  });
+  return 0;
 }
 }

@@ -1,0 +1,120 @@
+"""Make the process groups of all specs in use: those of an int or "node".
+
+Making a group is a collective of the whole world: a different order on another rank deadlocks. So every spec declares
+itself when it is made, and the first one that needs a group makes those of all declared specs, of all ranks, in one
+sorted order.
+"""
+
+import json
+import socket
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed import ProcessGroup
+
+from ..compat import all_gather_single
+from ..private import timeout_of
+
+declared: "weakref.WeakValueDictionary[int | str, Any]" = weakref.WeakValueDictionary()  # specs in use, by value
+_made: dict[int | str, ProcessGroup | ValueError | None] = {}
+_made_in: list[ProcessGroup] = []  # the world that _made belongs to
+
+
+def make_groups(specs: Iterable[Any]) -> None:
+    """Make the groups of ``specs`` now, if torch.distributed is initialized: then a collective of the world.
+
+    Whether it communicates depends on ``specs`` alone, which all ranks share, not on what else a rank has declared.
+
+    Raises:
+        ValueError: If an int does not divide the world size.
+    """
+    values = {spec.value for spec in specs if isinstance(spec.value, (int, str))}
+    if not (values and dist.is_available() and dist.is_initialized()):
+        return
+    if not _is_made(values):
+        _make_groups()
+    for value in values:
+        group_made_of(value)
+
+
+def check_size(size: int, world_size: int) -> None:
+    """Raise a ValueError that lists the choices, if groups of ``size`` ranks do not fill the world."""
+    if world_size % size and world_size > 1:
+        choices = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"process_group={size}: expected a number of ranks that divides the world size {world_size}; "
+            f"choose one of {choices}."
+        )
+
+
+def group_made_of(value: int | str) -> ProcessGroup | None:
+    """Return this rank's group of an int or "node", made before or now; None in a group of one."""
+    if not _is_made({value}):
+        _make_groups()
+    group = _made[value]
+    if isinstance(group, ValueError):
+        raise group
+    return group
+
+
+def _is_made(values: set[Any]) -> bool:
+    return bool(_made_in) and _made_in[0] is dist.group.WORLD and all(value in _made for value in values)
+
+
+def _make_groups() -> None:
+    """Make the groups of every spec declared on any rank; each rank keeps those it is in."""
+    world = dist.group.WORLD
+    assert world is not None
+    everyone = _gather_json([list(declared), socket.gethostname()])
+    if not (_made_in and _made_in[0] is world):
+        _made.clear()
+        _made_in[:] = [world]
+    hosts = [host for _, host in everyone]
+    wanted = set().union(*(declared for declared, _ in everyone)) - _made.keys()
+    for value in sorted(wanted, key=lambda v: (isinstance(v, str), v)):
+        _made[value] = _make_groups_of(value, hosts)
+
+
+def _gather_json(mine: Any) -> list[Any]:
+    """Gather a JSON value of every rank of the world, in order: two collectives, of sizes and of texts.
+
+    Not all_gather_object, which unpickles, and so runs, what other ranks send.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    text = torch.tensor(list(json.dumps(mine).encode()), dtype=torch.uint8, device=device)
+    sizes = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
+    all_gather_single(sizes, torch.tensor([len(text)], device=device))
+    longest = int(sizes.max())
+    texts = text.new_empty(len(sizes) * longest)
+    all_gather_single(texts, F.pad(text, (0, longest - len(text))))
+    rows = zip(texts.view(-1, longest).tolist(), sizes.tolist(), strict=True)
+    return [json.loads(bytes(row[:size])) for row, size in rows]
+
+
+def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueError | None:
+    world_size, rank = len(hosts), dist.get_rank()
+    if isinstance(value, str):
+        parts = [[r for r in range(world_size) if hosts[r] == host] for host in sorted(set(hosts))]
+    else:
+        try:
+            check_size(value, world_size)
+        except ValueError as error:
+            return error  # raised where a layer needs these groups
+        parts = [list(range(start, start + value)) for start in range(0, world_size, value)]
+    if len(parts) == 1:
+        return dist.group.WORLD
+    mine = None
+    for part in parts:  # every rank makes every group, in the same order
+        group = dist.new_group(part, timeout=timeout_of(dist.group.WORLD)) if len(part) > 1 else None
+        mine = group if rank in part else mine
+    assert not isinstance(mine, int)
+    return mine
+
+
+# What torch.compiler.assume_constant_result does, without the second it takes to import the compiler: groups are
+# made and found while torch.compile traces, not in the graph.
+setattr(group_made_of, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute

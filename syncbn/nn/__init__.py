@@ -1,0 +1,1 @@
+"""Layers: SyncBatchNorm, GhostBatchNorm, and what conversion can put in the place of a BatchNorm."""

@@ -1,0 +1,1 @@
+"""Statistics after training: recomputed over many batches and ranks, averaged, frozen."""
