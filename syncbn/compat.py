@@ -47,10 +47,6 @@ def copy_buffers_once(ddp: DistributedDataParallel) -> None:
         ddp.broadcast_buffers = False
 
 
-# Before torch 2.13: headers that step.cpp was not written for.
-BUILDS_STEP = _version >= (2, 13)
-
-
 def destroy_process_group() -> None:
     """Destroy all process groups. torch 2.6: gloo's threads may need the GIL, which this holds while it joins them."""
     if _version < (2, 7):

@@ -7,7 +7,7 @@ from ranks import Ranks
 from versions import IS_DEVELOPMENT, MAY_WARN
 
 import syncbn
-from syncbn import step
+from syncbn.ops import cpu
 
 # Reasons a test may be skipped for: each is listed in tests/README.md.
 OPTIONAL = {  # packages that an environment of `make test-versions` may lack
@@ -18,7 +18,6 @@ OPTIONAL = {  # packages that an environment of `make test-versions` may lack
 OF_OLD_TORCH = {
     "DDP has no forward_sync_buffers before torch 2.13",
     "torch 2.6 has no fully_shard for the CPU",
-    "step.cpp is not built before torch 2.13",
 }
 # No Python packages: they come with the operating system, or do not.
 ANYWHERE = {
@@ -69,9 +68,9 @@ def pytest_collection_modifyitems(config, items):
 def ranks(request, tmp_path_factory):
     device = request.config.getoption("--device")
     if device == "cpu":
-        with syncbn.use_kernels("fused"), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without a compiler
-            step._is_ready()  # built here once, and not by the first ranks that ask for it, within their time-out
+            cpu.is_ready()  # built here once, and not by the first ranks that ask for it, within their time-out
     pool = Ranks(tmp_path_factory.mktemp("stores"), device)
     yield pool
     pool.close()

@@ -12,8 +12,6 @@ SHARDS_ON_CPU = pytest.mark.skipif(VERSION < (2, 7), reason="torch 2.6 has no fu
 # torch 2.6 repeats the exchanges of the forward graph in the backward graph and throws the results away.
 GRAPH_REPEATS_EXCHANGES = VERSION < (2, 7)
 
-BUILDS_STEP = pytest.mark.skipif(not compat.BUILDS_STEP, reason="step.cpp is not built before torch 2.13")
-
 # Keyword arguments of DistributedDataParallel, as parameters of a test.
 ONE_COPY_OF_BUFFERS = pytest.param(
     {"forward_sync_buffers": False},
