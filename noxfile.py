@@ -28,9 +28,9 @@ VERSIONS = {  # torch: Python, torchvision
 }
 TOOLS = ["pytest>=9", "pytest-timeout", "hypothesis"]
 CORE = [
-    "audit", "batchnorm", "build", "coalesce", "collectives", "compat", "convert", "cuda_kernels", "ddp", "debug",
-    "detection", "ecosystem", "freeze", "functional", "fused", "gans", "ghost", "gpu_check", "layers", "lightning",
-    "many_ranks", "norms", "precise", "precision", "properties", "recompute", "selfsupervision", "step",
+    "audit", "batchnorm", "build", "collectives", "compat", "convert", "cpu_kernels", "cuda_kernels", "ddp", "debug",
+    "detection", "ecosystem", "freeze", "functional", "gans", "ghost", "gpu_check", "layers", "lightning",
+    "many_ranks", "norms", "precise", "precision", "properties", "recompute", "selfsupervision",
 ]  # fmt: skip
 EXPERIMENTS = [
     "batches", "bench", "compare", "comparison_grid", "comparison_page", "comparison_runner", "comparison_statistics",

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.modules import module as nn_module
 from torch.nn.parallel import DistributedDataParallel
 
 from .compat import all_gather_single
@@ -38,6 +37,11 @@ _get_default_store = getattr(_c10d, "_get_default_store", None)
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
 
 
+def backend_name_in_graph(group: Any) -> str:
+    """Return `backend_name` where torch.compile traces, which does not know that function."""
+    return group._get_backend_name() if _has_backend_name else dist.get_backend(group)
+
+
 def known_groups() -> list[Any] | None:
     """Return all process groups there are, None if that cannot be known: then of pickled layers only the world."""
     return list(_c10d._world.pg_map) if _has_world else None
@@ -63,12 +67,6 @@ def default_store() -> Any:
     if _get_default_store is None:
         raise AttributeError("torch.distributed.distributed_c10d has no _get_default_store")
     return _get_default_store()
-
-
-def has_global_hooks() -> bool:
-    """Whether hooks on all modules are registered; True if that cannot be known."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return any(getattr(nn_module, f"_global_{kind}", True) for kind in kinds)
 
 
 def is_compiled(module: Any) -> bool:

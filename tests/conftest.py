@@ -6,7 +6,6 @@ import torch
 from ranks import Ranks
 from versions import IS_DEVELOPMENT, MAY_WARN
 
-import syncbn
 from syncbn.ops import cpu
 
 # Reasons a test may be skipped for: each is listed in tests/README.md.

@@ -153,7 +153,7 @@ class OneProcess(Machine):
         self.step, self.call = step, call
         super().forward(step, call)
 
-    def normalize(self, xs, coalesced):
+    def normalize(self, xs):
         return [
             self.normalize_joined(i, layer, parts)
             for i, (layer, parts) in enumerate(zip(self.layers, xs, strict=True))

@@ -175,17 +175,6 @@ def swaps_two_models_that_nothing_holds(rank, world_size):
     return _swaps(rank, list(map(syncbn.convert, two_models())))
 
 
-def coalesces_alone(rank, world_size):
-    """As if `syncbn.coalesce` had been called on one rank only."""
-    model = syncbn.convert(Branches())
-
-    def shared(model, x):
-        xs = [linear(x) for linear in model.linears]
-        return learn(syncbn.nn.batchnorm.forward_coalesced([model.left, model.right], xs))
-
-    return train(rank, shared, model)
-
-
 # Modes: dtypes, gradients, train and eval
 
 
@@ -309,7 +298,7 @@ def repeats_exchanges_alone(rank, world_size):
 
 
 def computes_with_other_kernels(rank, world_size):
-    with syncbn.use_kernels("reference" if rank == GUILTY else "native"):
+    with syncbn.use_kernels("reference" if rank == GUILTY else "auto"):
         return train(rank)
 
 

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from versions import torch_norm
 
 import syncbn
-from syncbn.nn.batchnorm import forward_coalesced
 
 MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
@@ -50,7 +49,7 @@ class Machine:
         places = [[(step, i, rank) for rank in self.members] for i in range(len(self.layers))]
         xs = [[self.input(call, place).requires_grad_(call.requires_grad) for place in row] for row in places]
         with MODES[call.mode]():
-            ys = self.normalize(xs, call.coalesced)
+            ys = self.normalize(xs)
         for place, x, y in zip(*map(itertools.chain.from_iterable, (places, xs, ys)), strict=True):
             self.calls[place] = x, y
             if isinstance(y, torch.Tensor):
@@ -136,7 +135,7 @@ class Alone(Machine):
         cls = [nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][len(self.program.tail)]
         return torch_norm(cls, norm.num_features, **norm.options, dtype=self.program.param_dtype)
 
-    def normalize(self, xs, coalesced):
+    def normalize(self, xs):
         return [[attempt(layer, x)] for layer, (x,) in zip(self.layers, xs, strict=True)]
 
 
@@ -157,12 +156,9 @@ class OnRank(Alone):
             return syncbn.SyncBatchNorm(norm.num_features, **norm.options, **options)
         return syncbn.convert(super().make(norm), process_group=self.group)
 
-    def normalize(self, xs, coalesced):
+    def normalize(self, xs):
         with syncbn.use_kernels(self.kernels["forward"]):
-            if coalesced and self.layers[0].training:
-                ys = attempt(forward_coalesced, self.layers, [x for (x,) in xs])
-                return [[ys]] * len(xs) if isinstance(ys, str) else [[y] for y in ys]
-            return super().normalize(xs, coalesced)
+            return super().normalize(xs)
 
     def backward(self):
         kept = [(dy, dy.clone()) for _, dy in self.pending]

@@ -37,7 +37,6 @@ class Forward:
     dy_layout: str = "contiguous"
     mode: str = "grad"
     requires_grad: bool = True
-    coalesced: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""kernels/build.py: a library is built once, by one of several processes or by all, where nobody else can write."""
+"""ops/build.py: a library is built once, by one of several processes or by all, where nobody else can write."""
 
 import contextlib
 import os

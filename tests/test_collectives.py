@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
 from syncbn import compat
-from syncbn.distributed import exchange, groups, subgroups
+from syncbn.distributed import exchange, subgroups
 
 
 def members(layer):
@@ -262,7 +262,7 @@ def test_statistics_are_bit_identical_on_all_ranks(run):
 
 
 def tell(rank, world_size):
-    return groups._gather_json([[2, "node"] * rank, f'höst "{rank}" \'\udc80\n' * rank])
+    return subgroups._gather_json([[2, "node"] * rank, f'höst "{rank}" \'\udc80\n' * rank])
 
 
 def test_ranks_tell_each_other_text_not_pickles(run):
@@ -272,10 +272,10 @@ def test_ranks_tell_each_other_text_not_pickles(run):
 
 def sums_used_twice(rank, world_size, limit):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "gather_limit", lambda *_: limit)
+        patch.setattr(exchange, "_GATHER_BYTES", limit)
         x = torch.arange(1.0, 4.0).add(rank).requires_grad_()
         dy = torch.full((3,), 1.0 + rank)
-        once, again = (exchange.all_reduce(x * 2, dist.group.WORLD) for _ in range(2))
+        once, again = (exchange.all_reduce(x * 2, dist.group.WORLD, "a layer", "forward") for _ in range(2))
         (dx,) = torch.autograd.grad(once + again, x, dy, create_graph=True)
         return once.detach(), dx.detach(), dy
 

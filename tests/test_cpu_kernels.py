@@ -11,12 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
+from syncbn.kernels import fused, reference, selfcheck
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import functional, kernels, moments, step
-from syncbn.kernels import fused, reference, selfcheck
 from syncbn.ops.reference import per_channel, sum_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

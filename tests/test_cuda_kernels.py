@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from syncbn.kernels import cuda, reference, selfcheck
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as NativeFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import collectives, compat, functional, kernels, step
-from syncbn.kernels import cuda, reference, selfcheck
 from syncbn.ops.reference import per_channel, sum_dtype
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -83,10 +83,9 @@ FAULTS = [
     Fault(faults.calls_a_layer_twice, "silent", "norm1"),
     Fault(faults.has_other_channels, LOUD, "norm2", waits="off"),
     Fault(faults.leaves_a_layer_unconverted, LOUD, "norm3"),
-    Fault(faults.coalesces_alone, LOUD, "left"),
     Fault(faults.swaps_two_models, LOUD, "1.left"),
     Fault(faults.swaps_two_models_of_one_class, "silent", "1.norm1", truth=TWO_MODELS),
-    Fault(faults.swaps_two_models_that_nothing_holds, "silent", "norm1", truth=TWO_MODELS),
+    Fault(faults.swaps_two_models_that_nothing_holds, "silent", "silent", truth=TWO_MODELS),
     # dtypes, gradients, modes
     right(faults.has_another_dtype, on="norm1", tolerance=1e-4),
     right(faults.autocasts_alone, on="norm1", tolerance=0.2),
@@ -240,7 +239,7 @@ def expect_order_errors(fault, ends):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kernels", ["reference", "native", "auto"])
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_nan_and_inf_are_those_of_one_process(run, value, kernels, dtype):
     """NaN where nn.BatchNorm on the joined batch has it, and no channel beside; the same on all ranks, for good.

@@ -430,7 +430,7 @@ def mixed_kernels(rank, world_size, xs, dys):
     layer = syncbn.SyncBatchNorm(5)
     layer.weight.data.copy_(torch.linspace(0.5, 1.5, 5))
     x = xs[rank].clone().requires_grad_()
-    with syncbn.use_kernels(("fused", "native", "reference", "auto")[rank]):
+    with syncbn.use_kernels(("cpu", "reference", "reference", "auto")[rank]):
         for _ in range(3):
             y = layer(x)
         (y * dys[rank]).sum().backward()
@@ -466,7 +466,7 @@ def second_order_of_parameters(rank, world_size, xs, kernels):
         return torch.autograd.grad(penalty, [layer.weight, layer.bias, scale])
 
 
-@pytest.mark.parametrize("kernels", ["auto", "native", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_second_order_of_the_parameters_alone(run, kernels):
     xs = torch.randn(5, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).split([3, 2])
     results = run(second_order_of_parameters, 2, xs, kernels)
@@ -483,20 +483,18 @@ def test_second_order_of_the_parameters_alone(run, kernels):
 def odd_arguments(rank, world_size):
     x, running = torch.randn(4, 3, 5), (torch.zeros(3), torch.ones(3))
     syncbn.functional.sync_batch_norm(x, *running, training=True, momentum=torch.tensor([0.5]))
-    with torch.device("meta"), syncbn.use_kernels("native"):
-        y = syncbn.SyncBatchNorm(3, device="cpu")(x)
-    outputs = syncbn.functional.sync_batch_norm_coalesced(
-        [x.clone().requires_grad_(), x], [None] * 2, [None] * 2, training=True
-    )
-    last = x.transpose(1, 2).contiguous().transpose(1, 2).half()
-    with syncbn.use_kernels("native"):
-        strides = syncbn.functional.sync_batch_norm(last, None, None, training=True).stride() == last.stride()
-    return running[0], x, y.device.type, [y.requires_grad for y in outputs], strides
+    last, devices, strides = x.transpose(1, 2).contiguous().transpose(1, 2).half(), [], []
+    for kernels in ("auto", "reference"):
+        with torch.device("meta"), syncbn.use_kernels(kernels):
+            devices.append(syncbn.SyncBatchNorm(3, device="cpu")(x).device.type)
+            y = syncbn.functional.sync_batch_norm(last, None, None, training=True)
+            strides.append(y.stride() == last.stride())
+    return running[0], x, devices, strides
 
 
 def test_odd_arguments(run):
     results = run(odd_arguments, 2)
     mean = torch.cat([x for _, x, *_ in results]).mean((0, 2))
-    for running_mean, _, device, requires_grad, strides in results:
+    for running_mean, _, devices, strides in results:
         torch.testing.assert_close(running_mean, mean / 2)
-        assert (device, requires_grad, strides) == ("cpu", [True, False], True)
+        assert (devices, strides) == (["cpu"] * 2, [True] * 2)

@@ -8,7 +8,8 @@ from torch import nn
 from versions import torch_norm
 
 import syncbn
-from syncbn.kernels import ghost
+from syncbn.nn import ghost
+from syncbn.ops.layout import memory_format
 
 SHAPES = [(6, 3), (6, 3, 5), (6, 3, 4, 5), (12, 2, 1, 1), (6, 2, 3, 2, 2)]
 LAYOUTS = ["contiguous", "channels_last", "strided"]
@@ -78,7 +79,7 @@ def test_parity_with_one_batchnorm_per_split(shape, layout, options):
             torch.testing.assert_close(y.detach(), ys[step], rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(mine.grad, dxs[step], rtol=1e-9, atol=1e-9)
             if layout == "channels_last":
-                assert y.is_contiguous(memory_format=ghost._memory_format(mine))
+                assert y.is_contiguous(memory_format=memory_format(mine))
         for name in ("weight", "bias"):
             if getattr(layer, name) is not None:
                 total = sum(getattr(other, name).grad for other in layers)

@@ -1,30 +1,32 @@
-"""The import arrows, from moments, kernels and collectives up to the experiment."""
+"""The import arrows, from the shims up to the experiment; sizes; how few Python calls a step makes."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import syncbn
 
 ROOT = Path(syncbn.__file__).parent
-# Lower may not import higher; rooms of the same height know nothing of each other, but for what is listed.
+# Lower may not import higher; rooms of the same height know nothing of each other.
 HEIGHT = {
-    "compat": -2, "private": -1,
-    "moments": 0, "kernels": 0, "collectives": 0,
-    "recompute": 1, "debug": 1,
-    "step": 2,
-    "autograd": 3, "ddp": 3,
+    "compat": 0,
+    "private": 1,
+    "distributed": 2,
+    "ops": 3,
     "functional": 4,
-    "batchnorm": 5, "ghost": 5,
-    "coalesce": 6, "norms": 6, "swap": 6, "freeze": 6, "precise": 6,
-    "rules": 7, "audit": 7,
-    "convert": 8,
-    "__init__": 9,
-    "lightning": 10,
-    "experiment": 11,
+    "nn": 5,
+    "debug": 6, "conversion": 6, "statistics": 6,
+    "audit": 7,
+    "__init__": 8,
+    "lightning": 9,
+    "experiment": 10,
 }  # fmt: skip
-DOOR = {("batchnorm", "convert_sync_batchnorm")}  # calls the public convert(): torch's name for it is a method
+DOOR = {("nn", "convert_sync_batchnorm")}  # calls the public convert(): torch's name for it is a method
 
 
 def room(path):
@@ -61,9 +63,9 @@ def test_imports_go_one_way():
             assert HEIGHT[there] < HEIGHT[here], f"{path.relative_to(ROOT)} imports {there}"
 
 
-def test_only_collectives_calls_torch_distributed():
+def test_only_distributed_calls_torch_distributed():
     for path in ROOT.rglob("*.py"):
-        if room(path) in ("collectives", "compat", "private", "lightning", "experiment"):
+        if room(path) in ("distributed", "compat", "private", "lightning", "experiment"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
@@ -78,3 +80,58 @@ def test_the_door_is_sorted_and_torch_is_enough():
         "sys.exit(', '.join(extra & set(sys.modules)) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def source(*rooms, suffixes=(".py",)):
+    """Yield the files of some rooms, of all but the experiment without an argument."""
+    for path in sorted(ROOT.rglob("*")):
+        if path.suffix in suffixes and (room(path) in rooms if rooms else room(path) != "experiment"):
+            yield path
+
+
+def num_lines(paths):
+    return sum(len(path.read_text().splitlines()) for path in paths)
+
+
+def test_it_stays_small():
+    core = [*source("ops", "functional", "distributed"), ROOT / "nn" / "batchnorm.py"]
+    assert num_lines(core) <= 1700
+    assert num_lines(source("ops", suffixes=(".cpp", ".h"))) <= 470
+    assert num_lines(source()) <= 4600
+    assert {path.name: num_lines([path]) for path in source() if num_lines([path]) > 200} == {}
+
+
+def test_arithmetic_and_layers_know_nothing_of_the_order_check():
+    for path in source("ops", "functional", "distributed", "nn", "statistics"):
+        assert "debug" not in {there for _, there in imports(path)}, path
+
+
+COUNT = """
+import sys, torch, torch.distributed as dist, syncbn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+def count(frame, event, _):
+    if event == "call" and "/syncbn/" in frame.f_code.co_filename:
+        calls.append((frame.f_code.co_filename.rsplit("/syncbn/")[-1], frame.f_code.co_name))
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+layer, calls = syncbn.SyncBatchNorm(64), []
+x, dy = torch.randn(2, 64, 8, 8, requires_grad=True), torch.randn(2, 64, 8, 8)
+for step in range(3):
+    sys.setprofile(count if step == 2 else None)
+    layer(x).backward(dy)
+    sys.setprofile(None)
+print(len(calls), len({file for file, _ in calls}), calls)
+"""
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_a_steady_step_makes_few_python_calls(kernels):
+    if kernels == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler is installed")
+    env = os.environ | {"SYNCBN_KERNELS": kernels}
+    result = subprocess.run([sys.executable, "-c", COUNT], env=env, capture_output=True, text=True, check=True)
+    num_calls, num_files, calls = result.stdout.split(maxsplit=2)
+    assert f"ops/{kernels}.py" in calls
+    assert int(num_calls) <= 20, calls
+    assert int(num_files) <= 4, calls

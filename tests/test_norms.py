@@ -343,7 +343,7 @@ def hooked(num_features):
         (nn.GroupNorm(2, 4), {}, "unknown norm GroupNorm.*expected one of bn, .*, none, or a class or function"),
         (None, {}, "unknown norm None"),
         (PerChannel, {"process_group": 2}, "process_group belongs to norm 'syncbn', not to 'PerChannel'"),
-        ("none", {"eps": 1}, "norm 'none' takes no words, not eps"),
+        ("none", {"eps": 1}, "norm 'none' takes no keyword arguments, not eps"),
     ],
 )
 def test_errors_name_the_layer_and_touch_nothing(norm, options, message):

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncbn
-from syncbn.distributed import exchange
 from syncbn.compat import DDP_OPTIONS
+from syncbn.distributed import exchange
 from syncbn.lightning import NormConverter, PreciseStatistics
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64, another order of summation

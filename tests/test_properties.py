@@ -65,7 +65,6 @@ def steps(world_size):
         dy_layout=st.sampled_from(LAYOUTS),
         mode=st.sampled_from(["grad", "grad", "grad", "no_grad", "inference"]),
         requires_grad=st.booleans().map(lambda no: not no),
-        coalesced=st.booleans(),
     )
     return st.lists(forward | forward | st.builds(Do, st.sampled_from(CHANGES)), min_size=1, max_size=8).map(tuple)
 
@@ -77,7 +76,7 @@ def groups(world_size):
 
 
 def programs(world_size):
-    kernels = st.tuples(*[st.sampled_from(["reference", "auto", "native"])] * 2)
+    kernels = st.tuples(*[st.sampled_from(["reference", "auto"])] * 2)
     return st.builds(
         Program,
         norms=st.lists(norms, min_size=1, max_size=2).map(tuple),

@@ -99,7 +99,7 @@ class StoreClient:
 
     def __init__(self, store: Any, rank: int) -> None:
         self.store, self.rank = store, rank
-        self.shares_timeout, self.is_oclient = True, False  # the time-out, with the other users of the store
+        self.shares_timeout, self.is_open = True, False  # the time-out, with the other users of the store
         self.prefixes: dict[str, str] = {}  # by group
         self.previous: dict[str, str] = {}  # row of the last call, by group
 
@@ -107,7 +107,7 @@ class StoreClient:
         """Take a connection of our own, since a read that waits holds it; forget what was done in an earlier world."""
         if self.is_open:
             return
-        self.is_oclient = True
+        self.is_open = True
         before, shared = self.store.timeout, self.store
         with suppress(AttributeError, NotImplementedError, RuntimeError):
             self.store = shared.clone()

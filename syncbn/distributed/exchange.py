@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..compat import all_gather_single
-from ..private import all_reduce_in_graph, backend_name, gather_in_graph
+from ..private import all_reduce_in_graph, backend_name, backend_name_in_graph, gather_in_graph
 from .groups import GroupSpec, current_world, rank_in_world
 
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
@@ -83,7 +83,7 @@ def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, f
     is_compiling, num_ranks = torch.compiler.is_compiling(), group.size()
     # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
     gathers = packed.device.type == "cpu" and packed.numel() * num_ranks <= _GATHER_BYTES // 8
-    gathers = gathers and backend_name(group) == "gloo"
+    gathers = gathers and (backend_name_in_graph if is_compiling else backend_name)(group) == "gloo"
     if is_compiling and gathers:
         return gather_in_graph(packed, group).view(num_ranks, -1).sum(0)
     if is_compiling:

@@ -192,4 +192,7 @@ def _affine(x: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
         return y if y.dtype == x.dtype else y.to(x.dtype)
     zero, one = torch.zeros_like(slope), torch.ones_like(slope)
     # eval mode: one pass over rows; F.batch_norm refuses an eps of 0 before torch 2.13
-    return torch.batch_norm(x, slope, constant, zero, one, False, 0.0, 0.0, False)
+    y = torch.batch_norm(x, slope, constant, zero, one, False, 0.0, 0.0, False)
+    if x.stride(1) == 1 and y.stride() != x.stride():  # it does not know channels last of 3 dimensions
+        return torch.empty_like(x).copy_(y)
+    return y

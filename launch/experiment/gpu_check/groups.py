@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.distributed.groups import GroupSpec
 from syncbn.compat import destroy_process_group
+from syncbn.distributed.groups import GroupSpec
 
 FAKE_WORLD_SIZE = 8
 
