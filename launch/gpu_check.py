@@ -1,7 +1,7 @@
 """Check the CUDA path on a GPU: numbers, waits, launches, time, memory, CUDA graph and compile.
 
     python launch/gpu_check.py                              # on a machine with a CUDA GPU
-    python launch/gpu_check.py --parts primitives,layer     # some parts
+    python launch/gpu_check.py --parts phases,layer         # some parts
     python launch/gpu_check.py --device cpu                 # what a CPU can run: a test of this program
 
 torch, Triton, pytest and numpy are enough, and the tree need not be installed. Each part is a process of its own with

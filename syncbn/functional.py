@@ -9,6 +9,7 @@ from .distributed.groups import GroupSpec, ProcessGroupLike
 from .ops import recompute
 from .ops.autograd import train_step
 from .ops.checks import check_input
+from .ops.reference import Running
 
 
 def sync_batch_norm(
@@ -55,27 +56,19 @@ def sync_batch_norm(
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     spec = process_group if isinstance(process_group, GroupSpec) else GroupSpec(process_group)
-    group, name = group_of(spec, "sync_batch_norm"), "sync_batch_norm"
+    name, running = "sync_batch_norm", Running(running_mean, running_var, None, momentum)
+    group = group_of(spec, name)
     if group is None:
-        return one_process(input, running_mean, running_var, weight, bias, None, momentum, eps)
-    return train_step(input, weight, bias, running_mean, running_var, None, momentum, eps, group, name)
+        return one_process(input, weight, bias, running, eps)
+    return train_step(input, weight, bias, running, eps, group, name)
 
 
-def one_process(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | Tensor | None,
-    eps: float,
-) -> Tensor:
+def one_process(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float) -> Tensor:
     """Do a training step where there is nothing to exchange: ``F.batch_norm``, counting the batch.
 
-    Arguments as `sync_batch_norm`; ``momentum`` None is the average of all batches that ``num_batches_tracked`` has
-    counted. Nothing is read back to the host, and in a recomputation no statistics move.
+    Nothing is read back to the host, and in a recomputation no statistics move.
     """
+    running_mean, running_var, num_batches_tracked, momentum = running
     if not torch.compiler.is_compiling() and recompute.is_recomputing():
         momentum = 0.0  # the first pass has moved them
     elif num_batches_tracked is not None:

@@ -129,12 +129,6 @@ def test_what_the_compiler_refuses_is_not_tried_again_for_a_day(source, home, bu
     assert [path.suffix for path in home.iterdir()] == [".so"]
 
 
-def test_the_process_that_builds_says_so(source, home, caplog):
-    for _ in range(2):
-        build.load(source, notice="this takes a while")
-    assert caplog.messages == ["this takes a while"]
-
-
 def lives(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -165,7 +159,7 @@ def test_a_compiler_that_hangs(source, home, monkeypatch, builds, tmp_path):
 
 def test_who_waited_for_a_build_that_took_too_long_does_not_wait_again(source, home, builds, monkeypatch):
     """Ranks that start together would otherwise try one after the other, five minutes each."""
-    name = build._name(source, compiler.command_of(("-std=c++17",)))
+    name = build._name(source, compiler.command())
     build._cache()
 
     @contextlib.contextmanager
@@ -216,7 +210,7 @@ def test_an_interrupted_build_is_tried_again(source, home, builds, monkeypatch, 
     assert list(home.iterdir()) == []  # nothing is remembered
 
 
-def test_a_damaged_library_is_built_anew_and_one_that_never_loads_is_given_up(source, home, builds, monkeypatch):
+def test_a_damaged_library_is_built_anew(source, home, builds, monkeypatch):
     problems = ["file too short"]
 
     def load(path, original=build.ctypes.CDLL):
@@ -227,15 +221,6 @@ def test_a_damaged_library_is_built_anew_and_one_that_never_loads_is_given_up(so
     monkeypatch.setattr(build.ctypes, "CDLL", load)
     assert build.load(source).number() == 1
     assert len(builds) == 2
-    [library] = home.iterdir()
-    problems += ["undefined symbol"] * 2
-    with pytest.raises(OSError, match="undefined symbol"):
-        build.load(source, notice="this takes a while")
-    assert len(builds) == 3
-    library.unlink()
-    with pytest.raises(RuntimeError, match=r"to load, got undefined symbol.*not tried again for a day"):
-        build.load(source, notice="this takes a while")
-    assert len(builds) == 3
 
 
 def test_no_compiler(source, monkeypatch):

@@ -59,7 +59,7 @@ def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
 
 
 def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: tuple[Any, ...] = ()) -> Tensor:
-    """Sum one packed buffer over the ranks of ``group``: one collective. ``packed`` may be overwritten.
+    """Sum ``packed``, ``(n,)``, over the ranks of ``group``: one collective, which may overwrite it.
 
     Where gradients must flow through the sum (second order), its gradient is again a sum over the ranks.
 
@@ -68,7 +68,7 @@ def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, f
     torch.compile gave up agrees with the others. torch.compile needs the functional collectives.
 
     Args:
-        packed: ``(n,)``.
+        packed: The buffer.
         group: More than one rank.
         name: Whose exchange it is, in messages.
         direction: Such as "forward", in messages.
@@ -77,11 +77,11 @@ def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, f
     Raises:
         RuntimeError: What the backend raises, of the same class, with name, direction and rank.
     """
-    if packed.requires_grad:
+    is_compiling, num_ranks = torch.compiler.is_compiling(), group.size()
+    # torch 2.6: in a backward pass, dynamo knows no packed.requires_grad, nor packed.is_cpu
+    if not is_compiling and packed.requires_grad:
         differentiable: Tensor = _Sum.apply(packed, group, name, direction, facts)
         return differentiable
-    is_compiling, num_ranks = torch.compiler.is_compiling(), group.size()
-    # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
     gathers = packed.device.type == "cpu" and packed.numel() * num_ranks <= _GATHER_BYTES // 8
     gathers = gathers and (backend_name_in_graph if is_compiling else backend_name)(group) == "gloo"
     if is_compiling and gathers:

@@ -13,6 +13,7 @@ from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..functional import one_process
 from ..ops.autograd import train_step
 from ..ops.checks import check_input
+from ..ops.reference import Running
 from ..private import active_ddp
 
 
@@ -92,21 +93,19 @@ class SyncBatchNorm(BatchNorm):
         self._check_input_dim(input)
         if not self.training:
             return self._evaluate(input)
-        is_compiling, mean, var, num_batches = torch.compiler.is_compiling(), None, None, None
+        running = Running()
         if self.track_running_stats:
-            mean, var, num_batches = self.running_mean, self.running_var, self.num_batches_tracked
+            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
         name = ""  # in a graph one layer's name must not stand for all
-        if not is_compiling:
+        if not torch.compiler.is_compiling():
             if active_ddp() is not None:
                 self._enter_ddp(active_ddp())
             name = self._layer_name or f"SyncBatchNorm({self.num_features})"
-        group, parameters = group_of(self._group_spec, name), (self.weight, self.bias)
+        group, weight, bias = group_of(self._group_spec, name), self.weight, self.bias
         if group is None:
-            check_input(input, parameters[0], mean, self.eps, self.num_features)
-            return one_process(input, mean, var, *parameters, num_batches, self.momentum, self.eps)
-        return train_step(
-            input, *parameters, mean, var, num_batches, self.momentum, self.eps, group, name, self.num_features
-        )
+            check_input(input, weight, running.mean, self.eps, self.num_features)
+            return one_process(input, weight, bias, running, self.eps)
+        return train_step(input, weight, bias, running, self.eps, group, name, self.num_features)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         mean, var, weight = self.running_mean, self.running_var, self.weight

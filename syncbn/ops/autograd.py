@@ -25,6 +25,7 @@ from . import recompute, reference
 from .backends import Kernels, choose, kernels_of, remember
 from .checks import check_input
 from .layout import per_channel
+from .reference import Running
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
 
@@ -33,10 +34,7 @@ def train_step(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | Tensor | None,
+    running: Running,
     eps: float,
     group: ProcessGroup,
     name: str,
@@ -44,33 +42,18 @@ def train_step(
 ) -> Tensor:
     """Normalize ``x`` with the statistics of all ranks of ``group``: one exchange forward, one backward.
 
-    Counts the batch, and moves the running statistics, but not in a recomputation.
-
-    Args:
-        x: ``(N, C, *)``.
-        weight: ``(C,)`` or None, as ``bias``, ``running_mean`` and ``running_var``.
-        bias: Or None.
-        running_mean: Or None.
-        running_var: Or None.
-        num_batches_tracked: Counts the batches, or None.
-        momentum: See `reference.forward_apply`.
-        eps: Added to the variance under the root.
-        group: More than one rank.
-        name: Of the layer, in messages.
-        num_features: Channels of the layer, where no tensor says so.
-
-    Raises:
-        ValueError: See `functional.sync_batch_norm`.
+    Counts the batch, and moves the running statistics, but not in a recomputation. ``name`` is the layer's, in
+    messages. Arguments and errors: see `functional.sync_batch_norm`; ``num_features`` is compared with the input where
+    no tensor says how many there are.
     """
-    per_channel_tensors = weight, bias, running_mean, running_var
+    per_channel_tensors = weight, bias, running.mean, running.var
     if torch.compiler.is_compiling():
         kernels: Kernels = reference
-        check_input(x, weight, running_mean, eps, num_features)
+        check_input(x, weight, running.mean, eps, num_features)
     else:
         kind = _kind(x, *per_channel_tensors, num_features, eps > 0)
         kernels = kernels_of.get(kind) or _prepare(kind, x, *per_channel_tensors, num_features, eps)
-    arguments = (running_mean, running_var, num_batches_tracked, momentum, eps, group, name)
-    y: Tensor = _BatchNorm.apply(x, weight, bias, kernels, torch.is_grad_enabled(), *arguments)
+    y: Tensor = _BatchNorm.apply(x, weight, bias, kernels, torch.is_grad_enabled(), eps, group, name, *running)
     return y
 
 
@@ -99,40 +82,25 @@ class _BatchNorm(torch.autograd.Function):
     """The statistics of the whole batch are functions of x in backward. Saves x, weight and O(C) numbers."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        kernels: Kernels,
-        is_grad_enabled: bool,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | Tensor | None,
-        eps: float,
-        group: ProcessGroup,
-        name: str,
-    ) -> Tensor:
-        summed, direction, keeps_sums = None, "forward", False
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+        kernels, is_grad_enabled, eps, group, name, *buffers = rest
+        running, summed, direction, keeps_sums = Running(*buffers), None, "forward", False
         if not torch.compiler.is_compiling() and (running_backward() != -1 or top_saved_tensors_hooks(True)):
-            if recompute.is_recomputing():
-                running_mean = running_var = num_batches_tracked = None
-                direction = "forward again"
+            if recompute.is_recomputing():  # the first pass has moved the statistics
+                running, direction = Running(), "forward again"
             summed = recompute.replay()
             keeps_sums = summed is None
         if summed is None:
-            packed = kernels.forward_reduce(x, num_batches_tracked)
+            packed = kernels.forward_reduce(x, running.num_batches_tracked)
             needs_gradient = is_grad_enabled and ctx.needs_input_grad[0]
-            summed = all_reduce(packed, group, name, direction, (x, needs_gradient, eps, momentum))
+            facts = x, needs_gradient, eps, running.momentum
+            summed = all_reduce(packed, group, name, direction, facts)
             # with a global count of 1 every rank comes here; no other has to read it
             if x.numel() <= x.shape[1]:
                 _refuse_one_value(summed[-1])
         if keeps_sums:
             recompute.record(summed)
-        y, statistics = kernels.forward_apply(
-            x, summed, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-        )
+        y, statistics = kernels.forward_apply(x, summed, weight, bias, running, eps)
         ctx.save_for_backward(x, weight, statistics)
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.eps, ctx.group, ctx.name = kernels, eps, group, name

@@ -9,7 +9,7 @@ be built, ``reference`` is reference.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -25,35 +25,16 @@ _MOST = 4096  # kinds of input that are kept
 
 
 class Kernels(Protocol):
-    """The four phases; `reference` says what each computes."""
+    """The four phases; `reference` says what each takes and computes."""
 
-    def forward_reduce(self, x: Tensor, num_batches_tracked: Tensor | None) -> Tensor: ...
-
-    def forward_apply(
-        self,
-        x: Tensor,
-        summed: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def backward_reduce(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        statistics: Tensor,
-        weight_dtype: torch.dtype | None,
-        bias_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
-
-    def backward_apply(
-        self, dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, summed: Tensor
-    ) -> Tensor: ...
+    @property
+    def forward_reduce(self) -> Callable[..., Tensor]: ...
+    @property
+    def forward_apply(self) -> Callable[..., tuple[Tensor, Tensor]]: ...
+    @property
+    def backward_reduce(self) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]: ...
+    @property
+    def backward_apply(self) -> Callable[..., Tensor]: ...
 
 
 def _check(name: str) -> str:

@@ -2,14 +2,13 @@
 
 import ctypes
 import hashlib
-import logging
 import math
 import os
 import shlex
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -25,19 +24,14 @@ except ImportError:  # Windows: every process builds for itself
 _MEMORY = 24 * 3600  # seconds for which source that the compiler refused is not tried again
 
 
-def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str = "") -> ctypes.CDLL:
-    """Load the library of ``source``; build it if it is not in the cache.
+def load(source: Path) -> ctypes.CDLL:
+    """Load the library of ``source``, a C++ file; build it if it is not in the cache.
 
     The compiler is the command in ``CXX``, else c++, g++ or clang++. The cache is ``syncbn/kernels`` in
     ``$XDG_CACHE_HOME`` or ``~/.cache``; where that cannot be written, every process builds for itself. A library is
     named after what it depends on, its processor too, and put in its place at once. Of processes that start together
     one builds, and the others wait for it. What the compiler refuses is not tried again for a day; a build that was
     interrupted, killed or took too long is tried again by the next process that starts.
-
-    Args:
-        source: The C++ file.
-        more_flags: For the compiler.
-        notice: Logged as a warning by the process that builds, for a build that is long enough to wonder about.
 
     Raises:
         FileNotFoundError: If there is no compiler.
@@ -46,36 +40,24 @@ def load(source: Path, more_flags: Sequence[str] = ("-std=c++17",), notice: str 
         OSError: If the library cannot be loaded.
         TimeoutError: If the compiler takes longer than five minutes.
     """
-    command = compiler.command_of(more_flags)
+    command = compiler.command()
     name, folder = _name(source, command), _cache()
     if folder is not None:
         library = folder / name
         problem: OSError | None = None
         for _ in range(2):  # a damaged one is built anew
-            found = _find_or_build(command, source, library, notice, problem)
+            found = _find_or_build(command, source, library, problem)
             try:
                 return ctypes.CDLL(str(found))
             except OSError as error:
                 problem = error
-        if notice:  # too long to build for every process
-            if "undefined symbol" in str(problem):  # the linker's error, seen late
-                _refusal(library).write_text(f"expected {library} to load, got {problem}")
-            raise OSError(f"expected {library} to load, got {problem}") from problem
     with tempfile.TemporaryDirectory(prefix="syncbn-", ignore_cleanup_errors=True) as private:
         return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
 
 
-def keeps() -> bool:
-    """Whether what `load` builds is kept for later processes; raises what `load` raises."""
-    return _cache() is not None
-
-
 def _name(source: Path, command: list[str]) -> str:
-    """Name the library after what it depends on: the sources beside and below, the command and the processor."""
-    texts = [
-        path.read_text()
-        for path in (source, *sorted(source.parent.rglob("*.cpp")), *sorted(source.parent.rglob("*.h")))
-    ]
+    """Name the library after what it depends on: the sources beside it, the command and the processor."""
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     depends_on = [*texts, *command, compiler.run([*compiler.find(), "--version"]), compiler.describe_processor()]
     return f"{source.stem}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]}.so"
 
@@ -92,7 +74,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _find_or_build(command: list[str], source: Path, library: Path, notice: str, problem: OSError | None) -> Path:
+def _find_or_build(command: list[str], source: Path, library: Path, problem: OSError | None) -> Path:
     """Return the library in the cache, after a build if it is not there, or if it is the one that had a problem."""
     damaged = library.stat().st_ino if problem is not None and library.exists() else None
     if damaged is not None or not library.exists():
@@ -101,21 +83,19 @@ def _find_or_build(command: list[str], source: Path, library: Path, notice: str,
             if damaged is not None and library.exists() and library.stat().st_ino == damaged:
                 library.unlink()
             if not library.exists():
-                _build_once(command, source, library, notice, start)
+                _build_once(command, source, library, start)
     _refuse_foreign(library)
     return library
 
 
-def _build_once(command: list[str], source: Path, library: Path, notice: str, start: float) -> None:
+def _build_once(command: list[str], source: Path, library: Path, start: float) -> None:
     """Build, but not what the compiler has refused, nor what took too long while this process waited for it."""
-    refusal, timeout = _refusal(library), library.with_suffix(".timeout")
+    refusal, timeout = library.with_suffix(".refused"), library.with_suffix(".timeout")
     forget = f"(not tried again for a day; to forget it: rm {shlex.quote(str(refusal))})"
     if _age(refusal) < _MEMORY:
         raise RuntimeError(f"{refusal.read_text()} {forget}")
     if _age(timeout) < time.time() - start:
         raise TimeoutError(timeout.read_text())
-    if notice:
-        logging.getLogger("syncbn").warning("%s", notice)
     try:
         _build(command, source, library)
     except compiler.RefusedError as error:
@@ -126,11 +106,6 @@ def _build_once(command: list[str], source: Path, library: Path, notice: str, st
         raise
     for path in (refusal, timeout):
         path.unlink(missing_ok=True)
-
-
-def _refusal(library: Path) -> Path:
-    """Name the file that keeps what the compiler said when it refused the source."""
-    return library.with_suffix(".refused")
 
 
 def _age(path: Path) -> float:

@@ -14,17 +14,9 @@ def check_input(
     eps: float | None = None,
     num_features: int | None = None,
 ) -> None:
-    """Refuse an input that does not fit.
+    """Refuse an input that does not fit the layer's tensors, or ``num_features`` where it has none.
 
-    Args:
-        x: The input.
-        weight: ``(C,)`` or None.
-        running_mean: ``(C,)`` or None; read where there is no weight.
-        eps: Of the layer, in training.
-        num_features: Channels of the layer; None for those of ``weight`` or ``running_mean``, if there is one.
-
-    Raises:
-        ValueError: See `functional.sync_batch_norm`.
+    ``eps`` is to be given in training alone. Raises: see `functional.sync_batch_norm`.
     """
     parameter = running_mean if weight is None else weight
     if x.dim() < 2:

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,19 +15,17 @@ TIMEOUT = 300  # seconds
 _OF_THE_SOURCE = re.compile(
     r":\d+: error: |fatal error: [^\n]*no such file|undefined (reference|symbol)|symbol\(s\) not found", re.IGNORECASE
 )
-_FLAGS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
-if platform.system() == "Linux":
-    _FLAGS += ("-Wl,-Bsymbolic", "-Wl,--no-as-needed")  # names of our own first; libraries named before the source
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 
 
 class RefusedError(RuntimeError):
     """The compiler's own error, which would come again."""
 
 
-def command_of(more_flags: Sequence[str]) -> list[str]:
+def command() -> list[str]:
     """Return the command that compiles for this processor, without the source."""
     tuning = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    return [*find(), *_FLAGS, *more_flags, tuning]
+    return [*find(), *_FLAGS, tuning]
 
 
 def find() -> list[str]:
@@ -45,7 +42,7 @@ def find() -> list[str]:
     raise FileNotFoundError("expected a C++ compiler (c++, g++ or clang++) on PATH, or in CXX, found none")
 
 
-def run(command: list[str]) -> str:
+def run(arguments: list[str]) -> str:
     """Run a compiler, and return what it prints.
 
     Raises:
@@ -54,7 +51,7 @@ def run(command: list[str]) -> str:
         TimeoutError: If it took longer than `TIMEOUT` seconds.
     """
     with subprocess.Popen(
-        command,
+        arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -66,13 +63,15 @@ def run(command: list[str]) -> str:
             output, errors = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             _end(process)
-            raise TimeoutError(f"expected `{shlex.join(command)}` to end within {TIMEOUT} s; it was stopped") from None
+            raise TimeoutError(
+                f"expected `{shlex.join(arguments)}` to end within {TIMEOUT} s; it was stopped"
+            ) from None
         except BaseException:
             _end(process)
             raise
     if process.returncode:
         said = errors.strip()[-1000:]
-        message = f"expected `{shlex.join(command)}` to succeed, got exit code {process.returncode}: {said}"
+        message = f"expected `{shlex.join(arguments)}` to succeed, got exit code {process.returncode}: {said}"
         is_refused = process.returncode > 0 and _OF_THE_SOURCE.search(errors) is not None
         raise (RefusedError if is_refused else RuntimeError)(message)
     return output

@@ -8,7 +8,9 @@ first step, and a compilation for every kind of input.
 import ctypes
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from ..private import are_transforms_active, jit_tracing_state, num_dispatch_modes
 from . import build, reference, selfcheck
 from .layout import PLAIN, dense_view
+from .reference import Running
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in kernels.cpp
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -25,10 +28,6 @@ _ARGUMENTS = {
     "backward_reduce": [_P, _I, *[_P] * 6],
     "backward_apply": [_P, _I, *[_P] * 6],
 }
-_FREED = (
-    "SyncBatchNorm: expected the weight and all other tensors of this step to be in memory, found one whose storage "
-    "was freed; keep it, or gather it again before (as FSDP does)."
-)
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
@@ -46,52 +45,26 @@ class CpuKernels:
     """The four phases for inputs of one shape, layout and dtype; `reference` says what each computes."""
 
     def __init__(self, library: ctypes.CDLL, layout: _Layout) -> None:
-        self.layout, self.num_features = layout, layout.channels
-        self.address = ctypes.addressof(layout)
-        self.call_forward_reduce, self.call_forward_apply = library.forward_reduce, library.forward_apply
-        self.call_backward_reduce, self.call_backward_apply = library.backward_reduce, library.backward_apply
+        self.layout, self.num_features, self.address = layout, layout.channels, ctypes.addressof(layout)
+        self.functions: tuple[Callable[..., int], ...] = tuple(getattr(library, name) for name in _ARGUMENTS)
 
     def forward_reduce(self, x: Tensor, num_batches_tracked: Tensor | None = None) -> Tensor:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         packed = torch.empty(2 * self.num_features + 1, dtype=torch.float64, device="cpu")
-        if self.call_forward_reduce(self.address, torch.get_num_threads(), x.data_ptr(), packed.data_ptr()):
-            raise RuntimeError(_FREED)
+        self._call(0, (), x, packed)
         return packed
 
     def forward_apply(
-        self,
-        x: Tensor,
-        summed: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | Tensor | None,
-        eps: float,
+        self, x: Tensor, summed: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float
     ) -> tuple[Tensor, Tensor]:
-        tracks = running_mean is not None and running_var is not None
+        mean, var, num_batches_tracked, momentum = running
         if momentum is None:
             momentum = 0.0 if num_batches_tracked is None else 1.0 / num_batches_tracked.item()
         y, statistics = torch.empty_like(x), torch.empty_like(summed)
-        if self.call_forward_apply(
-            self.address,
-            torch.get_num_threads(),
-            momentum,
-            eps,
-            x.data_ptr(),
-            summed.data_ptr(),
-            None if weight is None else weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            running_mean.data_ptr() if running_mean is not None and tracks else None,
-            running_var.data_ptr() if running_var is not None and tracks else None,
-            statistics.data_ptr(),
-            y.data_ptr(),
-        ):
-            raise RuntimeError(_FREED)
-        if tracks:
-            torch.autograd.graph.increment_version((running_mean, running_var))
+        self._call(1, (momentum, eps), x, summed, weight, bias, mean, var, statistics, y)
+        if mean is not None and var is not None:
+            torch.autograd.graph.increment_version((mean, var))
         return y, statistics
 
     def backward_reduce(
@@ -110,17 +83,7 @@ class CpuKernels:
             grad_weight = torch.empty(self.num_features, dtype=weight_dtype, device="cpu")
         if bias_dtype is not None:
             grad_bias = torch.empty(self.num_features, dtype=bias_dtype, device="cpu")
-        if self.call_backward_reduce(
-            self.address,
-            torch.get_num_threads(),
-            mine.data_ptr(),
-            x.data_ptr(),
-            statistics.data_ptr(),
-            packed.data_ptr(),
-            None if grad_weight is None else grad_weight.data_ptr(),
-            None if grad_bias is None else grad_bias.data_ptr(),
-        ):
-            raise RuntimeError(_FREED)
+        self._call(2, (), mine, x, statistics, packed, grad_weight, grad_bias)
         return packed, grad_weight, grad_bias
 
     def backward_apply(
@@ -129,18 +92,18 @@ class CpuKernels:
         if (mine := _readable(dy, x)) is None:
             return reference.backward_apply(dy, x, statistics, weight, summed)
         dx = torch.empty_like(x)
-        if self.call_backward_apply(
-            self.address,
-            torch.get_num_threads(),
-            mine.data_ptr(),
-            x.data_ptr(),
-            statistics.data_ptr(),
-            None if weight is None else weight.data_ptr(),
-            summed.data_ptr(),
-            dx.data_ptr(),
-        ):
-            raise RuntimeError(_FREED)
+        self._call(3, (), mine, x, statistics, weight, summed, dx)
         return dx
+
+    def _call(self, phase: int, numbers: tuple[Any, ...], *tensors: Tensor | None) -> None:
+        addresses: list[int | None] = []
+        for t in tensors:
+            addresses.append(None if t is None else t.data_ptr())
+        if self.functions[phase](self.address, torch.get_num_threads(), *numbers, *addresses):
+            raise RuntimeError(
+                "SyncBatchNorm: expected the weight and all other tensors of this step to be in memory, found one "
+                "whose storage was freed; keep it, or gather it again before (as FSDP does)."
+            )
 
 
 def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) -> CpuKernels | None:
@@ -161,7 +124,7 @@ def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) ->
 def _layout_of(x: Tensor, *per_channel: Tensor | None) -> _Layout | None:
     weight, bias, *running = per_channel
     view = dense_view(x.shape, x.stride())
-    if view is None or not _is_readable(x) or _is_observed(x) or not x.data_ptr():
+    if view is None or not _is_readable(x) or _readable(x, x) is not x:
         return None
     if not all(t is None or (_is_readable(t) and t.shape == (view[1],) and t.is_contiguous()) for t in per_channel):
         return None
@@ -177,15 +140,14 @@ def _is_readable(t: Tensor) -> bool:
     return is_strided and t.dtype in _DTYPES and not t.is_neg()  # of negative views memory holds the opposite
 
 
-def _is_observed(t: Tensor) -> bool:
-    """Whether a dispatch mode, tracer or functorch transform is active, or ``t`` a subclass that sees operators."""
-    observers = num_dispatch_modes() or jit_tracing_state() is not None or are_transforms_active()
-    return bool(observers) or type(t) not in PLAIN or t.layout is not torch.strided
-
-
 def _readable(dy: Tensor, x: Tensor) -> Tensor | None:
-    """Return ``dy`` in the strides and dtype of ``x``; None where `reference` must take it."""
-    if _is_observed(dy):
+    """Return ``dy`` in the strides and dtype of ``x``.
+
+    None while a dispatch mode, tracer or functorch transform is active, and for a subclass: they see operators only.
+    """
+    if num_dispatch_modes() or jit_tracing_state() is not None or are_transforms_active():
+        return None
+    if type(dy) not in PLAIN or dy.layout is not torch.strided:
         return None
     is_alike = dy.stride() == x.stride() and dy.dtype == x.dtype and dy.data_ptr() and not dy.is_neg()
     return dy if is_alike else torch.empty_like(x).copy_(dy)

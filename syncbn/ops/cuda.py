@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import reference, selfcheck
-from .layout import PLAIN, SUM_DTYPE, dense_view, dtypes_of, has_memory_format, like
+from .layout import PLAIN, SUM_DTYPE, dense_view, has_memory_format, like
+from .reference import Running
 
 _DEVICE_TYPE = "cuda"  # tests put stand-ins on another
 _passed: dict[torch.device, bool] = {}  # verdicts of the self-check
@@ -53,21 +54,13 @@ def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tens
 
 
 def forward_apply(
-    x: Tensor,
-    summed: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | Tensor | None,
-    eps: float,
+    x: Tensor, summed: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Compute y and the batch statistics, move the running statistics; see `reference.forward_apply`."""
-    statistics = reference.batch_statistics(
-        summed, running_mean, running_var, num_batches_tracked, momentum, eps, is_empty=False
-    )
-    if dtypes_of((weight, bias)) != {x.dtype}:  # the operator takes the dtype of x, or that of the sums, for both
+    statistics = reference.batch_statistics(summed, running, eps, is_empty=False)
+    if {p.dtype for p in (weight, bias) if p is not None} != {
+        x.dtype
+    }:  # the operator takes the dtype of x, or that of the sums, for both
         weight, bias = _to(weight, SUM_DTYPE.get(x.dtype, x.dtype)), _to(bias, SUM_DTYPE.get(x.dtype, x.dtype))
     mean, invstd = statistics[:-1].to(SUM_DTYPE.get(x.dtype, x.dtype)).chunk(2)
     return torch.batch_norm_elemt(x, weight, bias, mean, invstd, 0.0), statistics  # eps is in invstd

@@ -1,6 +1,5 @@
 """How a tensor lies in memory, for every back end that reads memory itself."""
 
-from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -15,10 +14,8 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def dense_view(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int] | None:
     """See a dense tensor ``(N, C, *)`` as ``(outer, channels, inner)`` of contiguous memory.
 
-    Contiguous: ``(N, C, values per channel and sample)``; channels last, and two dimensions: ``(values, C, 1)``.
-
-    Returns:
-        None for a tensor that is empty or not dense in either way.
+    Contiguous: ``(N, C, values per channel and sample)``; channels last: ``(values, C, 1)``; None for all else, and
+    for a tensor without values.
     """
     count, rest = 1, range(2, len(shape))
     for size in (shape[0], *shape[2:]):
@@ -48,7 +45,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def has_memory_format(x: Tensor) -> bool:
     """Whether ``x`` is contiguous, or channels last in torch's sense (4 or 5 dimensions)."""
-    return x.is_contiguous(memory_format=memory_format(x))
+    return x.is_contiguous() or memory_format(x) is not torch.contiguous_format
 
 
 def like(dy: Tensor, x: Tensor) -> Tensor:
@@ -59,8 +56,3 @@ def like(dy: Tensor, x: Tensor) -> Tensor:
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Shape per-channel values ``(C,)`` as ``(1, C, 1, …)``."""
     return values.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def dtypes_of(tensors: Iterable[Tensor | None]) -> set[torch.dtype]:
-    """Return the dtypes of the tensors that exist."""
-    return {t.dtype for t in tensors if t is not None}

@@ -7,6 +7,8 @@ rounding left is added per channel in float64. So precision does not depend on h
 each phase allocates one tensor of the size of ``x``: memory that is not asked for anew is not paged in anew.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,25 @@ _WIDE = torch.float64
 # No conversion here is without effect: torch 2.11 then makes the gradients of compiled Functions zero.
 
 
+class Running(NamedTuple):
+    """The running statistics of a layer, ``(C,)`` or None, and how they move.
+
+    ``momentum`` is a number, a tensor of one element that is not read back to the host, or None for the average of all
+    batches, which ``num_batches_tracked``, ``()``, has counted.
+    """
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | Tensor | None = 0.0
+
+
 def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tensor:
-    """Compute ``[sum, sqsum, count]`` of this rank's values per channel; count the batch.
+    """Compute ``packed = [sum, sqsum, count]`` of this rank's values per channel; count the batch.
 
     The sums are taken around the mean of an eighth of the samples. That can be no further than ``sqrt(7) * std`` from
-    the mean of all of them, so at most three bits of the variance cancel.
-
-    Returns:
-        ``packed``, ``(2C + 1,)``, float64; zeros where ``x`` is empty.
+    the mean of all of them, so at most three bits of the variance cancel. ``(2C + 1,)``, float64; zeros if ``x`` is
+    empty.
     """
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -41,15 +54,7 @@ def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tens
 
 
 def forward_apply(
-    x: Tensor,
-    summed: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | Tensor | None,
-    eps: float,
+    x: Tensor, summed: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Compute ``y = (x - mean) * invstd * weight + bias``, and move the running statistics if there are any.
 
@@ -58,20 +63,14 @@ def forward_apply(
         summed: ``packed`` of all ranks added up.
         weight: ``(C,)`` or None for 1.
         bias: ``(C,)`` or None for 0.
-        running_mean: ``(C,)`` or None; changed in place.
-        running_var: ``(C,)`` or None; changed in place, towards the unbiased variance.
-        num_batches_tracked: ``()``, this batch included; read where ``momentum`` is None.
-        momentum: A number, a tensor of one element that is not read back to the host, or None for the average of all
-            batches so far.
+        running: Changed in place, see `batch_statistics`.
         eps: Added to the variance under the root.
 
     Returns:
-        y, in the dtype and memory format of ``x``; and the batch statistics ``[mean, invstd, count]`` of all ranks,
+        y, in the dtype and memory format of ``x``; and the statistics ``[mean, invstd, count]`` of the whole batch,
         ``(2C + 1,)``, float64.
     """
-    statistics = batch_statistics(
-        summed, running_mean, running_var, num_batches_tracked, momentum, eps, is_empty=x.numel() == 0
-    )
+    statistics = batch_statistics(summed, running, eps, is_empty=x.numel() == 0)
     mean, invstd = statistics[:-1].chunk(2)
     slope = invstd if weight is None else invstd * weight
     dtype = SUM_DTYPE.get(x.dtype, x.dtype)
@@ -82,45 +81,27 @@ def forward_apply(
     return _affine(x, slope, constant if dtype == _WIDE else constant.to(dtype)), statistics
 
 
-def batch_statistics(
-    summed: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | Tensor | None,
-    eps: float,
-    is_empty: bool,
-) -> Tensor:
+def batch_statistics(summed: Tensor, running: Running, eps: float, is_empty: bool) -> Tensor:
     """Compute ``[mean, invstd, count]``; move the running statistics: ``new = (1 - momentum) * old + momentum * b``.
 
     With n values per channel over all ranks, ``mean = sum / n``, ``var = sqsum / n - mean**2`` and ``invstd =
     rsqrt(var + eps)`` (Ioffe & Szegedy 2015, algorithm 1), in float64: cancellation costs at most
-    ``(mean/std)**2 * 2e-16`` of the variance. ``running_var`` moves towards ``var * n / (n - 1)``.
-
-    Args:
-        summed: See `forward_apply`, as the others.
-        running_mean: Or None.
-        running_var: Or None.
-        num_batches_tracked: Or None.
-        momentum: Or None.
-        eps: Added to the variance under the root.
-        is_empty: Whether this rank has no values, so that ``n`` may be 0: then mean and variance are 0, never NaN, and
-            the running statistics stay.
+    ``(mean/std)**2 * 2e-16`` of the variance. ``running.var`` moves towards ``var * n / (n - 1)``. With ``is_empty``
+    this rank has no values, so that n may be 0: then mean and variance are 0, never NaN, and nothing moves.
     """
-    count = summed[-1]
+    count, momentum = summed[-1], running.momentum
     mean, var = moments(summed, is_empty)
-    if running_mean is not None and running_var is not None:
-        unbiased = var * (count / (count - 1))
-        if momentum is None and num_batches_tracked is not None:
-            momentum = 1.0 / num_batches_tracked.double()
-        for running, batch in ((running_mean, mean), (running_var, unbiased)):
-            step = batch - running  # float64: all ranks round alike, whatever back end each takes
+    if running.mean is not None and running.var is not None:
+        if momentum is None and running.num_batches_tracked is not None:
+            momentum = 1.0 / running.num_batches_tracked.double()
+        for old, batch in ((running.mean, mean), (running.var, var * (count / (count - 1)))):
+            step = batch - old  # float64: all ranks round alike, whatever back end each takes
             if is_empty:
                 step = torch.where(count > 0, step, 0)
             if isinstance(momentum, Tensor):
-                running.add_(step * momentum)
+                old.add_(step * momentum)
             else:
-                running.add_(step, alpha=momentum or 0.0)
+                old.add_(step, alpha=momentum or 0.0)
     return torch.cat([mean, (var + eps).rsqrt_(), count.view(1)])
 
 
@@ -138,17 +119,11 @@ def backward_reduce(
     weight_dtype: torch.dtype | None = None,
     bias_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute ``[sum_dy, sum_dy_xhat]`` of this rank per channel, with ``xhat = (x - mean) * invstd``.
-
-    Args:
-        dy: ``(N, C, *)``.
-        x: ``(N, C, *)``.
-        statistics: ``[mean, invstd, count]`` of `forward_apply`.
-        weight_dtype: Dtype of grad_weight; None if it is not asked for.
-        bias_dtype: Dtype of grad_bias; None if it is not asked for.
+    """Compute ``packed = [sum_dy, sum_dy_xhat]`` of this rank per channel, with ``xhat = (x - mean) * invstd``.
 
     Returns:
-        ``packed``, ``(2C,)``, float64, zeros where ``x`` is empty; grad_weight and grad_bias, ``(C,)``, of this rank.
+        ``packed``, ``(2C,)``, float64, zeros where ``x`` is empty; and the gradients of weight and bias, ``(C,)``, of
+        this rank, in the dtypes given; None for a dtype that is None.
     """
     dims, dtype = [0, *range(2, x.dim())], SUM_DTYPE.get(x.dtype, x.dtype)
     mean, invstd = statistics[:-1].chunk(2)

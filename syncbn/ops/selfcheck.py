@@ -76,7 +76,7 @@ def _results(
     kernels: Any, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> dict[str, Tensor]:
     packed = kernels.forward_reduce(x)
-    y, statistics = kernels.forward_apply(x, packed, weight, bias, mean, var, None, 0.3, 0.01)
+    y, statistics = kernels.forward_apply(x, packed, weight, bias, reference.Running(mean, var, None, 0.3), 0.01)
     sums, grad_weight, grad_bias = kernels.backward_reduce(dy, x, statistics, weight.dtype, bias.dtype)
     dx = kernels.backward_apply(dy, x, statistics, weight, sums)
     results = {

@@ -31,7 +31,7 @@ class Part:
 # The first part that needs them builds the C++ kernels, at most 60 s on a slow machine: its CPU limit is longer.
 PARTS = (
     Part("machine", "versions, bandwidth, cost of a launch", f"{_HERE}.machine:measure", 60),
-    Part("primitives", "each back end against float64", f"{_HERE}.primitives:measure", 90, 150),
+    Part("phases", "each back end against float64", f"{_HERE}.phases:measure", 90, 150),
     Part(
         "ranks_one_gpu", "the matrix of tests on gloo ranks that share a GPU, and a DDP step",
         f"{_HERE}.matrix:measure_shared", 180, 180, gib=8, needs=("pytest",),

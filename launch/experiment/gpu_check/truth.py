@@ -1,12 +1,38 @@
-"""What the four primitives must give, in float64 and in the formulas of the paper: nothing of syncbn is used.
+"""What the four phases must give, in float64 and in the formulas of the paper: nothing of syncbn is used.
 
-Ioffe & Szegedy 2015, algorithm 1 and the gradients below it. Inputs are seen as ``(C, n)``.
+Ioffe & Szegedy 2015, algorithm 1 and the gradients below it. Inputs are seen as ``(C, n)``. All is on the CPU.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance per channel, ``(C,)``, of ``count`` values each; 0 without values."""
+
+    mean: Tensor
+    var: Tensor
+    count: int
+
+    def sums(self) -> Tensor:
+        """Return ``[sum, sqsum, count]``, ``(2C + 1,)``."""
+        return torch.cat([self.mean, self.var + self.mean.square(), torch.ones(1).double()]) * self.count
+
+    def statistics(self, eps: float) -> Tensor:
+        """Return ``[mean, invstd, count]``, ``(2C + 1,)``."""
+        return torch.cat([self.mean, torch.rsqrt(self.var + eps), torch.full((1,), self.count).double()])
+
+    def moved(self, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+        """Return the running statistics after this batch, the same as before where it has no values."""
+        mean, var = (t.detach().cpu().double() for t in (running_mean, running_var))
+        if not self.count:
+            return mean, var
+        unbiased = self.var * self.count / (self.count - 1)
+        return mean + momentum * (self.mean - mean), var + momentum * (unbiased - var)
 
 
 def per_channel(x: Tensor) -> Tensor:
@@ -14,34 +40,39 @@ def per_channel(x: Tensor) -> Tensor:
     return x.detach().cpu().double().movedim(1, 0).flatten(1)
 
 
-def mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor) -> Moments:
     """Compute mean and biased variance per channel, by two passes."""
     values = per_channel(x)
+    count = values.shape[1]
+    if not count:
+        return Moments(torch.zeros(len(values)).double(), torch.zeros(len(values)).double(), 0)
     mean = values.mean(1)
-    return mean, (values - mean[:, None]).square().mean(1)
+    return Moments(mean, (values - mean[:, None]).square().mean(1), count)
 
 
-def normalized(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalized(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Compute ``y``, ``(C, n)``."""
-    y = (per_channel(x) - _column(mean)) * _column(invstd)
+    y = _xhat(x, statistics)
     y = y if weight is None else y * _column(weight)
     return y if bias is None else y + _column(bias)
 
 
-def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute ``sum_dy`` and ``sum_dy_xhat``, ``(C,)``."""
-    xhat = (per_channel(x) - _column(mean)) * _column(invstd)
-    return per_channel(dy).sum(1), (per_channel(dy) * xhat).sum(1)
+def gradient_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
+    """Compute ``[sum_dy, sum_dy_xhat]``, ``(2C,)``."""
+    return torch.cat([per_channel(dy).sum(1), (per_channel(dy) * _xhat(x, statistics)).sum(1)])
 
 
-def input_gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: int
-) -> Tensor:
-    """Compute ``dx``, ``(C, n)``, for sums over a batch of ``count`` values per channel."""
-    xhat = (per_channel(x) - _column(mean)) * _column(invstd)
-    mean_dy, mean_dy_xhat = (sums.cpu().double() / count).view(2, -1, 1)
-    dx: Tensor = (per_channel(dy) - mean_dy - xhat * mean_dy_xhat) * _column(invstd)
+def input_gradient(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+    """Compute ``dx``, ``(C, n)``, for sums over a batch of as many values per channel as ``statistics`` say."""
+    mean_dy, mean_dy_xhat = (sums / statistics[-1]).view(2, -1, 1)
+    _, invstd = statistics[:-1].chunk(2)
+    dx: Tensor = (per_channel(dy) - mean_dy - _xhat(x, statistics) * mean_dy_xhat) * _column(invstd)
     return dx if weight is None else dx * _column(weight)
+
+
+def _xhat(x: Tensor, statistics: Tensor) -> Tensor:
+    mean, invstd = statistics[:-1].chunk(2)
+    return (per_channel(x) - _column(mean)) * _column(invstd)
 
 
 def _column(values: Tensor) -> Tensor:

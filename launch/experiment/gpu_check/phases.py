@@ -1,0 +1,95 @@
+"""Part `phases`: the four phases of every back end of the device against float64, each deviation named.
+
+A back end that fails its self-check is replaced by the reference within the library. Here it is run all the same, so
+that the report says which phase is wrong and by how much, and the failed self-check is a failure of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from unittest import mock
+
+import torch
+
+from syncbn.ops import cpu, cuda, reference, selfcheck
+from syncbn.ops.backends import Kernels
+
+from .inputs import DTYPES, name_of
+from .outcome import Outcome, Row, Table
+from .phase_cases import Case, make_cases
+from .phase_errors import PHASES, deviations
+
+BACK_ENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "cuda")}
+_MODULES: dict[str, ModuleType] = {"reference": reference, "cuda": cuda}
+
+
+def measure(device: str) -> Outcome:
+    """Compare all phases of all back ends."""
+    rows: list[Row] = []
+    failures: list[str] = []
+    absent = []
+    for name in BACK_ENDS[device]:
+        reason = _open(name)
+        if reason is not None:
+            absent.append(f"{name} is not available: {reason}")
+            if "FileNotFoundError" not in reason:  # of a compiler; all else is a fault
+                failures.append(absent[-1])
+            continue
+        kernels_for = _kernels_for(name)
+        for dtype in DTYPES:
+            row, found = _compare(name, kernels_for, make_cases(dtype, device, dense=name != "reference"), dtype)
+            rows.append(row)
+            failures += found
+        if name != "reference":
+            failures += _self_check(name, kernels_for, device)
+    worst = max((max(row[name] for name in PHASES) for row in rows), default=0.0)
+    num = sum(row["inputs"] for row in rows)
+    summary = "; ".join([f"{num} inputs, worst error {worst:.2g} of the tolerance", *absent])
+    note = "Largest error over the inputs and over a phase's results, as a part of the tolerance: 1 is a failure."
+    return Outcome(summary, [Table("Phases against float64", rows, note)], failures)
+
+
+def _open(name: str) -> str | None:
+    """Make a back end ready without its self-check; return why that is not possible."""
+    if name != "cpu":
+        return None
+    with mock.patch.object(selfcheck, "passes", return_value=True):
+        is_ready = cpu.is_ready(quietly=True)
+    return None if is_ready else cpu._problem or "it is not in this process"
+
+
+def _kernels_for(name: str) -> Callable[..., Kernels | None]:
+    """Return what finds the kernels for x, weight, bias, running_mean and running_var."""
+    if name == "cpu":
+        return cpu.kernels_for
+    return lambda *_: _MODULES[name]
+
+
+def _self_check(name: str, kernels_for: Callable[..., Kernels | None], device: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        passed = selfcheck.passes(name, kernels_for, torch.device(device))
+    return [] if passed else [f"{name}: the self-check failed: {'; '.join(str(w.message) for w in caught)}"]
+
+
+def _compare(
+    name: str, kernels_for: Callable[..., Kernels | None], cases: list[Case], dtype: torch.dtype
+) -> tuple[Row, list[str]]:
+    """Return a row of the worst errors, in tolerances, and a line for each phase and layout that deviates."""
+    worst = dict.fromkeys(PHASES, 0.0)
+    found: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}  # by input: its worst error, in tolerances
+    for case in cases:
+        for phase, what, error, tolerance, problem in deviations(kernels_for, case):
+            ratio = error / tolerance
+            worst[phase] = max(worst[phase], ratio)
+            if ratio > 1 or problem:
+                text = f"{case.label}: {what}: {problem or f'error {error:.3g}, tolerance {tolerance:.3g}'}"
+                errors = found.setdefault((phase, case.layout), {})
+                errors[case.label] = max(errors.get(case.label, (0.0, "")), (ratio, text))
+    failures = [
+        f"{name}.{phase}, {name_of(dtype)}, {layout}: {len(errors)} inputs, worst {max(errors.values())[1]}"
+        for (phase, layout), errors in found.items()
+    ]
+    return {"back end": name, "dtype": name_of(dtype), "inputs": len(cases), **worst}, failures
