@@ -56,18 +56,14 @@ def sync_batch_norm(
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     spec = process_group if isinstance(process_group, GroupSpec) else GroupSpec(process_group)
-    name, running = "sync_batch_norm", Running(running_mean, running_var, None, momentum)
-    group = group_of(spec, name)
+    group, running = group_of(spec, "sync_batch_norm"), Running(running_mean, running_var, None, momentum)
     if group is None:
         return one_process(input, weight, bias, running, eps)
-    return train_step(input, weight, bias, running, eps, group, name)
+    return train_step(input, weight, bias, running, eps, group, "sync_batch_norm")
 
 
 def one_process(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float) -> Tensor:
-    """Do a training step where there is nothing to exchange: ``F.batch_norm``, counting the batch.
-
-    Nothing is read back to the host, and in a recomputation no statistics move.
-    """
+    """Do a training step where there is nothing to exchange, by ``F.batch_norm``; nothing is read back to the host."""
     running_mean, running_var, num_batches_tracked, momentum = running
     if not torch.compiler.is_compiling() and recompute.is_recomputing():
         momentum = 0.0  # the first pass has moved them

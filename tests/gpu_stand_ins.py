@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:launch python tests/gpu_stand_ins.py machine layer
 
-Tensors that are asked for on "cuda" are made on the CPU, the operators of kernels/cuda.py are those of
+Tensors that are asked for on "cuda" are made on the CPU, the operators of ops/cuda.py are those of
 test_cuda_kernels.py, and events, streams and the like do nothing. It shows that the code runs, not that a GPU agrees.
 Prints the records of the parts as JSON.
 """
@@ -94,7 +94,7 @@ def stand_ins():
             (dist, "init_process_group", lambda name, **options: init("gloo" if name == "nccl" else name, **options)),
             (torch, "autocast", lambda _, *args, **options: autocast("cpu", *args, **options)),
             (nn.SyncBatchNorm, "forward", sync_forward),
-            (exchange, "gather_limit", lambda *_: 0),
+            (exchange, "_GATHER_BYTES", 0),
             (machine, "GIB", 2**26),
             (layer, "_SHAPES", {"cuda": ((16, 14),)}),
             (layer, "_BATCH_SIZES", {"cuda": (2,)}),

@@ -15,18 +15,24 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from syncbn.experiment.bench import collectives, layer, memory, parts, ranks, step, tables, timing
-from syncbn.experiment.bench.contenders import CONTENDERS
+from syncbn.experiment.bench.contenders import CONTENDERS, kernels_of
+from syncbn.ops import backends, cpu, reference
 
 ROOT = Path(__file__).parents[1]
-SYNCHRONIZED = ["native", "reference", "composed", "gather"]
+SYNCHRONIZED = ["cpu", "reference", "composed", "gather"]
 TINY = [
-    "layer.contenders=[plain,native,composed,floor]", "layer.shapes=[[2,3,4,4],[8,3]]", "layer.rounds=2",
-    "model=resnet8", "model.width=8", "step.contenders=[plain,bare,native,gather]", "step.image_size=8",
+    "layer.contenders=[plain,reference,composed,floor]", "layer.shapes=[[2,3,4,4],[8,3]]", "layer.rounds=2",
+    "model=resnet8", "model.width=8", "step.contenders=[plain,bare,reference,gather]", "step.image_size=8",
     "step.rounds=2", "collectives.archs=[resnet18]", "collectives.image_size=32", "collectives.numbers=[9]",
-    "collectives.world_sizes=[2]", "collectives.rounds=2", "memory.contenders=[plain,native]",
-    "memory.shapes=[[2,3,4,4]]", "memory.step_contenders=[native]", "memory.arch=resnet18",
+    "collectives.world_sizes=[2]", "collectives.rounds=2", "memory.contenders=[plain,reference]",
+    "memory.shapes=[[2,3,4,4]]", "memory.step_contenders=[reference]", "memory.arch=resnet18",
     "memory.image_size=32", "timeout=60",
 ]  # fmt: skip
+
+
+def skip_without_compiler(*names):
+    if "cpu" in names and not cpu.is_ready():
+        pytest.skip("no C++ compiler is installed")
 
 
 def composed(*overrides):
@@ -59,8 +65,9 @@ def differences(rank, world_size, name, memory_format):
     mine = slice(0, 2) if rank == 0 else slice(2, 7)
     contender = CONTENDERS[name].convert(affine(nn.BatchNorm2d(5, dtype=torch.float64)))
     part = x[mine].clone().requires_grad_()
-    y = contender(part)
-    y.backward(dy[mine])
+    with kernels_of(name):
+        y = contender(part)
+        y.backward(dy[mine])
     for parameter in (contender.weight, contender.bias):  # local sums, as DDP averages them
         dist.all_reduce(parameter.grad)
     results = (y, part.grad, contender.weight.grad, contender.bias.grad)
@@ -73,6 +80,7 @@ def differences(rank, world_size, name, memory_format):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", SYNCHRONIZED)
 def test_peers_are_batchnorm_of_the_joined_batch(run, name, memory_format):
+    skip_without_compiler(name)
     for found in run(differences, 2, name, memory_format):
         assert max(found) < 1e-11  # float64, values of order 1, the peers' plain squares included
 
@@ -168,7 +176,7 @@ def test_ranks_answer_or_say_why_and_are_gone():
 def test_rows_of_the_layer():
     rows = layer.measure(composed())
     cases = [([2, 3, 4, 4], "contiguous"), ([2, 3, 4, 4], "channels_last"), ([8, 3], "contiguous")]
-    names = ["plain", "native", "composed", "floor"]
+    names = ["plain", "reference", "composed", "floor"]
     assert [((row["shape"], row["format"]), row["contender"]) for row in rows] == list(product(cases, names))
     for row in rows:
         assert row["ratios"].keys() == set(layer.BASES)
@@ -184,12 +192,13 @@ def test_rows_of_the_layer():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(dtype):
     everyone = ["plain", *SYNCHRONIZED, "floor"]
+    skip_without_compiler(*everyone)
     rows = layer.measure(composed(f"layer.dtype={dtype}", f"layer.contenders=[{','.join(everyone)}]"))
     assert len(rows) == 3 * len(everyone)
 
 
 def test_a_part_without_its_base_has_no_ratios_to_it():
-    rows = layer.measure(composed("layer.contenders=[native,floor]"))
+    rows = layer.measure(composed("layer.contenders=[reference,floor]"))
     assert all(row["ratios"].keys() == {"floor"} for row in rows)
     summary, by_case = layer.tabulate(rows)
     assert summary.rows[0][1:5] == ["", "", "", ""]
@@ -198,26 +207,24 @@ def test_a_part_without_its_base_has_no_ratios_to_it():
 
 def test_rows_of_the_step():
     rows = step.measure(composed())
-    assert [row["contender"] for row in rows] == ["plain", "bare", "native", "gather"]
+    assert [row["contender"] for row in rows] == ["plain", "bare", "reference", "gather"]
     assert all(row["ratios"].keys() == {"bare", "plain"} and row["graph_breaks"] is None for row in rows)
     [table] = step.tabulate(rows)
     assert "graph breaks" not in table.columns
 
 
 def test_collectives_are_counted_and_timed():
-    rows = collectives.measure(composed("collectives.contenders=[bare,native,gather,coalesced]"))
+    rows = collectives.measure(composed("collectives.contenders=[bare,reference,gather]"))
     found = {(row["contender"], row["direction"]): row for row in rows if row["kind"] == "counted"}
     num_channels = 64 * 5 + 128 * 5 + 256 * 5 + 512 * 5  # of ResNet-18's 20 norm layers
-    for name, direction in product(("bare", "native", "gather"), ("forward", "backward")):
+    for name, direction in product(("bare", "reference", "gather"), ("forward", "backward")):
         assert found[name, direction]["collectives"] == 20
-    for direction in ("forward", "backward"):
-        assert found["coalesced", direction]["collectives"] == 20 - 3  # blocks with a shortcut
-    for name in ("bare", "native"):
+    for name in ("bare", "reference"):
         assert found[name, "forward"]["bytes"] == 8 * (2 * num_channels + 20)
         assert found[name, "backward"]["bytes"] == 8 * 2 * num_channels
     timed = [(row["world_size"], row["numbers"], row["contender"]) for row in rows if row["kind"] == "timed"]
     assert timed == [(2, 9, "all_reduce"), (2, 9, "all_gather")]
-    assert [len(table.rows) for table in collectives.tabulate(rows)] == [4, 1]
+    assert [len(table.rows) for table in collectives.tabulate(rows)] == [3, 1]
 
 
 def test_saved_bytes():
@@ -227,18 +234,20 @@ def test_saved_bytes():
     assert memory.saved_bytes(lambda: x * x, [x]) == 0
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("shape", [(4, 64, 14, 14), (2, 512, 7, 7)])
-def test_a_layer_saves_its_input_and_little_more(shape):
+def test_a_layer_saves_its_input_and_little_more(shape, name):
+    skip_without_compiler(name)
     with ranks.fake_group():
-        row = memory._of_layer(list(shape), "native", "cpu")
+        row = memory._of_layer(list(shape), name, "cpu")
     assert row["input"] < row["saved"] <= row["input"] + 64 * shape[1] + 1024
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="parts: expected some of layer, step"):
         parts.check(composed("parts=[layer,lyer]"))
-    with pytest.raises(ValueError, match=r"contenders: expected names out of plain, bare.*, got nativ"):
-        parts.check(composed("parts=[memory]", "memory.step_contenders=[nativ]"))
+    with pytest.raises(ValueError, match=r"contenders: expected names out of plain, bare.*, got gathre"):
+        parts.check(composed("parts=[memory]", "memory.step_contenders=[gathre]"))
 
 
 def test_tables_as_text():
@@ -253,8 +262,8 @@ def test_peak_of_a_step_in_a_fresh_process():
     rows = memory.measure(composed())
     assert [(row["kind"], row["contender"]) for row in rows] == [
         ("layer", "plain"),
-        ("layer", "native"),
-        ("step", "native"),
+        ("layer", "reference"),
+        ("step", "reference"),
     ]
     assert rows[-1]["peak"] > rows[-1]["saved"] > 0
     assert [len(table.rows) for table in memory.tabulate(rows)] == [2, 1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import syncbn
-from syncbn.ops import build, compiler
+from syncbn.ops import build
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler is installed"
@@ -49,9 +49,9 @@ def test_the_cache_is_used_until_something_changes(source, home, builds, monkeyp
     assert home.stat().st_mode & 0o777 == 0o700
     source.with_name("number.h").write_text("#define NUMBER 2\n")
     assert build.load(source).number() == 2
-    monkeypatch.setattr(compiler, "describe_processor", lambda: "another")
+    monkeypatch.setattr(build, "_describe_processor", lambda: "another")
     build.load(source)
-    monkeypatch.setenv("CXX", f"{compiler.find()[0]} -DNUMBER_OF=3")
+    monkeypatch.setenv("CXX", f"{build._find_compiler()[0]} -DNUMBER_OF=3")
     build.load(source)
     assert len(set(builds)) == 4
 
@@ -142,7 +142,7 @@ def test_a_compiler_that_hangs(source, home, monkeypatch, builds, tmp_path):
     code += "'--version' in sys.argv or time.sleep(60)"
     (tmp_path / "hangs.py").write_text(code)
     monkeypatch.setenv("CXX", f"{sys.executable} {tmp_path / 'hangs.py'} {tmp_path / 'pids'}")
-    monkeypatch.setattr(compiler, "TIMEOUT", 6)
+    monkeypatch.setattr(build, "TIMEOUT", 6)
     with pytest.raises(TimeoutError, match="to end within 6 s; it was stopped"):
         build.load(source)
     pids = set((tmp_path / "pids").read_text().split())
@@ -159,17 +159,17 @@ def test_a_compiler_that_hangs(source, home, monkeypatch, builds, tmp_path):
 
 def test_who_waited_for_a_build_that_took_too_long_does_not_wait_again(source, home, builds, monkeypatch):
     """Ranks that start together would otherwise try one after the other, five minutes each."""
-    name = build._name(source, compiler.command())
+    name = build._name(source, build._command())
     build._cache()
 
     @contextlib.contextmanager
-    def alone(folder):
+    def alone(path, mode):
         (home / name).with_suffix(".timeout").write_text("expected `c++` to end within 300 s; it was stopped")
         yield
 
     start = iter([100.0])
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_alone", alone)
+        patch.setattr(build, "FileLock", alone)
         patch.setattr(build.time, "time", lambda real=time.time: next(start, None) or real())
         with pytest.raises(TimeoutError, match="it was stopped"):
             build.load(source)

@@ -22,7 +22,7 @@ def members(layer):
     layer.momentum = 1.0
     x = torch.full((1, layer.num_features), float(2 ** dist.get_rank()), dtype=torch.float64)
     layer(torch.cat([x, x]))
-    group = layer._group_spec.resolve()
+    group = layer.group_spec.resolve()
     size = 1 if group is None else dist.get_world_size(group)
     total = round(layer.running_mean[0].item() * size)
     return [rank for rank in range(dist.get_world_size()) if total >> rank & 1]
@@ -71,7 +71,7 @@ def different_order(rank, world_size):
     """Layers met in another order on each rank: groups are still made in one order."""
     specs = [2, 4, 1, "node"]
     layers = {spec: syncbn.SyncBatchNorm(2, process_group=spec) for spec in (specs if rank % 2 else specs[::-1])}
-    made = layers[2]._group_spec.resolve()
+    made = layers[2].group_spec.resolve()
     return dist.get_process_group_ranks(made), [members(layers[spec]) for spec in (1, 2, 4)]
 
 
@@ -240,7 +240,7 @@ def timeouts(rank, world_size):
     layer = syncbn.SyncBatchNorm(2, process_group=2)
     layer(torch.randn(2, 2))
     read = [
-        g._get_backend(torch.device("cpu")).options._timeout for g in (dist.group.WORLD, layer._group_spec.resolve())
+        g._get_backend(torch.device("cpu")).options._timeout for g in (dist.group.WORLD, layer.group_spec.resolve())
     ]
     return [t.total_seconds() for t in read]
 

@@ -66,7 +66,7 @@ def test_a_bare_layer(cls):
     assert type(layer) is cls
     assert signature(layer) == before
     assert "_syncbn_original" not in vars(layer)
-    assert "_group_spec" not in vars(layer)
+    assert "group_spec" not in vars(layer)
     torch.testing.assert_close(layer.state_dict(), original, rtol=0, atol=0)
 
 

@@ -21,6 +21,7 @@ import syncbn
 from syncbn import functional
 from syncbn.ops import backends, build, cpu, reference, selfcheck
 from syncbn.ops.layout import SUM_DTYPE, per_channel
+from syncbn.ops.reference import Running
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SUM_DTYPES = [torch.float32, torch.float64]
@@ -101,11 +102,11 @@ def truth(x, dy, statistics, weight, bias, sums):
 def ours(x, dy, summed, weight, bias, sums, eps=EPS):
     """Run the phases; return their results, and the statistics."""
     kernels = kernels_for(x, weight, bias)
-    y, statistics = kernels.forward_apply(x, summed, weight, bias, None, None, None, 0.0, eps)
+    y, statistics = kernels.forward_apply(x, summed, weight, bias, Running(), eps)
     dtypes = (None if t is None else t.dtype for t in (weight, bias))
     packed, grad_weight, grad_bias = kernels.backward_reduce(dy, x, statistics, *dtypes)
     for got, true, like in ((grad_weight, packed.chunk(2)[1], weight), (grad_bias, packed.chunk(2)[0], bias)):
-        assert (got is None and like is None) or torch.equal(got, true.to(like.dtype))
+        assert got is None if like is None else torch.equal(got, true.to(like.dtype))
     results = {
         "forward_reduce": kernels.forward_reduce(x),
         "forward_apply": y,
@@ -160,7 +161,7 @@ def test_every_half_number(dtype, layout):
     def normalized(weight):
         """Scale by ``weight`` alone: the mean is 0, the variance 1."""
         summed = summed_for(torch.zeros(8), torch.ones(8), x.numel() // 8)
-        return kernels_for(x, weight).forward_apply(x, summed, weight, None, None, None, None, 0.0, 0.0)[0]
+        return kernels_for(x, weight).forward_apply(x, summed, weight, None, Running(), 0.0)[0]
 
     assert torch.equal(normalized(None).nan_to_num(7), x.nan_to_num(7))
     for scale in (1 / 3, 0.77, 1.5, 1000.3, 1e-4):
@@ -199,7 +200,7 @@ def test_means_far_from_zero(dtype, layout, ratio):
     true_var, true_mean = torch.var_mean(x.double(), dims(x), correction=0)
     mean, invstd = statistics[:-1].chunk(2)
     torch.testing.assert_close(mean, true_mean, rtol=1e-13, atol=0)
-    for var in (reference.moments(packed)[1], invstd**-2 - 1e-5):
+    for var in (reference.moments(packed)[1] / packed[-1], invstd**-2 - 1e-5):
         torch.testing.assert_close(var, true_var, rtol=2e-15 * ratio**2, atol=1e-7)
     unit = 2e-5 if dtype is torch.float32 else 1e-10
     far = 3e-7 if dtype is torch.float32 else 1e-14
@@ -220,22 +221,16 @@ def test_what_is_not_finite_stays_in_its_channel(bad, layout):
         x[place] = bad
         finite, zero, one = torch.arange(5) != 2, torch.zeros(5), torch.ones(5)
         both = kernels_for(x, one, zero), reference
-        y, wanted = (apply(k, x, k.forward_reduce(x), one, zero) for k in both)
+        y, wanted = (k.forward_apply(x, k.forward_reduce(x), one, zero, Running(), 1e-5) for k in both)
         for _, statistics in (y, wanted):
             assert torch.equal(statistics[5:-1].isfinite(), finite)
         assert torch.equal(y[0].isnan(), wanted[0].isnan())
         summed = summed_for(zero, one, x.numel() // 5)
-        y, wanted = (apply(k, x, summed, one, zero, eps=0.0)[0] for k in both)
+        y, wanted = (k.forward_apply(x, summed, one, zero, Running(), 0.0)[0] for k in both)
         assert torch.equal(y.nan_to_num(9, 8, 7), wanted.nan_to_num(9, 8, 7))
         for mine, theirs in ((x, dy), (dy, x)):
-            sums, wanted = (k.backward_reduce(mine, theirs, statistics_of(summed, 0.0))[0] for k in both)
+            sums, wanted = (k.backward_reduce(mine, theirs, statistics_of(summed, 0.0), None, None)[0] for k in both)
             assert torch.equal(sums.isfinite(), wanted.isfinite())
-
-
-def apply(kernels, x, summed, weight=None, bias=None, *running, eps=1e-5, momentum=0.1, num_batches=None):
-    """Run forward_apply; return y and the statistics."""
-    running = running or (None, None)
-    return kernels.forward_apply(x, summed, weight, bias, *running, num_batches, momentum, eps)
 
 
 def make_expanded(shape):
@@ -372,15 +367,17 @@ def test_running_statistics_that_it_does_not_take():
 def test_per_channel_tensors_that_do_not_fit():
     x = draw((3, 4, 5), torch.float32)
     summed, weight, bias, sums = arguments(x)
-    wanted, statistics = apply(kernels_for(x, weight, bias), x, summed, weight, bias)
-    strided = torch.stack([weight, weight], 1)[:, 0]
-    torch.testing.assert_close(
-        apply(backends.choose(x, strided, bias, None, None), x, summed, strided, bias)[0], wanted
-    )
+    wanted, statistics = kernels_for(x, weight, bias).forward_apply(x, summed, weight, bias, Running(), EPS)
+
+    def forward(weight, bias):
+        return backends.choose(x, weight, bias, None, None).forward_apply(x, summed, weight, bias, Running(), EPS)[0]
+
+    torch.testing.assert_close(forward(torch.stack([weight, weight], 1)[:, 0], bias), wanted)
     for short in (weight[:3], weight[:0]):
-        for tensors in ((short, bias), (weight, short)):
-            with pytest.raises(RuntimeError):
-                apply(backends.choose(x, *tensors, None, None), x, summed, *tensors)
+        with pytest.raises(RuntimeError):
+            forward(short, bias)
+        with pytest.raises(RuntimeError):
+            forward(weight, short)
         with pytest.raises(RuntimeError):
             backends.choose(x, short, None, None, None).backward_apply(x, x, statistics, short, sums)
 
@@ -423,8 +420,10 @@ def test_running_statistics_move_as_those_of_the_reference(dtype, running_dtype,
     expected = [None if t is None else t.clone() for t in running]
     versions = [0 if t is None else t._version for t in running]
     x = draw((2, 37, 4), dtype, layout)
-    found = apply(kernels_for(x, None, None, *running), x, packed, None, None, *running, momentum=0.3)
-    wanted = apply(reference, x, packed, None, None, *expected, momentum=0.3)
+    found = kernels_for(x, None, None, *running).forward_apply(
+        x, packed, None, None, Running(*running, momentum=0.3), 1e-5
+    )
+    wanted = reference.forward_apply(x, packed, None, None, Running(*expected, momentum=0.3), 1e-5)
     for one, other in zip((*found, *running), (*wanted, *expected), strict=True):
         if other is not None:
             assert one.dtype == other.dtype
@@ -436,38 +435,39 @@ def test_running_statistics_move_as_those_of_the_reference(dtype, running_dtype,
 @pytest.mark.parametrize("momentum", [0.0, 0.25, 1.0, torch.tensor(0.25), torch.tensor([0.25]).double(), None])
 def test_momentum(momentum):
     """None is the average of all batches, this one included, which forward_reduce has counted."""
-    x, running, expected = (
-        draw((2, 3, 4), torch.float32),
-        (torch.zeros(3), torch.ones(3)),
-        (torch.zeros(3), torch.ones(3)),
-    )
-    counts = torch.tensor(3), torch.tensor(3)
-    both = kernels_for(x, None, None, *running), reference
-    for kernels, statistics, num_batches in zip(both, (running, expected), counts, strict=True):
+    x = draw((2, 3, 4), torch.float32)
+    moved = []
+    for has_cpp in (True, False):
+        mean, var, num_batches = torch.zeros(3), torch.ones(3), torch.tensor(3)
+        kernels = kernels_for(x, None, None, mean, var) if has_cpp else reference
         packed = kernels.forward_reduce(x, num_batches)
         assert num_batches == 4
-        apply(kernels, x, packed, None, None, *statistics, momentum=momentum, num_batches=num_batches)
+        kernels.forward_apply(x, packed, None, None, Running(mean, var, num_batches, momentum), 1e-5)
+        before = mean.clone(), var.clone()
+        kernels.forward_apply(x, packed, None, None, Running(mean, var, None, None), 1e-5)  # without a count, none
+        assert torch.equal(mean, before[0])
+        assert torch.equal(var, before[1])
+        moved.append((mean, var))
     factor = 0.25 if momentum is None else float(momentum)
     true = x.double().movedim(1, 0).flatten(1)
-    for got, old, batch in zip(running, (0, 1), (true.mean(1), true.var(1)), strict=True):
-        torch.testing.assert_close(got.double(), old + factor * (batch - old), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(running, expected, rtol=1e-6, atol=1e-6)
-    before = [t.clone() for t in running]
-    apply(both[0], x, packed, None, None, *running, momentum=None)  # nothing counts the batches: none moves them
-    assert all(map(torch.equal, running, before))
+    wanted = factor * true.mean(1), 1 - factor + factor * true.var(1)
+    for got in moved:
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("lost", ["x", "weight", "bias"])
 def test_a_tensor_that_is_not_in_memory(lost):
     """The functions that would read it do nothing, and say so."""
     x, dy = draw((2, 3, 4), torch.float32), draw((2, 3, 4), torch.float32, seed=2)
-    summed, weight, bias, sums = arguments(x)
+    summed, *parameters, sums = arguments(x)
+    weight, bias = (t.clone() for t in parameters)  # memory of its own each
     kernels, statistics = kernels_for(x, weight, bias), statistics_of(summed, EPS)
     {"x": x, "weight": weight, "bias": bias}[lost].untyped_storage().resize_(0)
     calls = {
         "x": lambda: kernels.forward_reduce(x),
-        "x weight bias": lambda: apply(kernels, x, summed, weight, bias),
-        "x dy": lambda: kernels.backward_reduce(dy, x, statistics),
+        "x weight bias": lambda: kernels.forward_apply(x, summed, weight, bias, Running(), EPS),
+        "x dy": lambda: kernels.backward_reduce(dy, x, statistics, None, None),
         "x weight": lambda: kernels.backward_apply(dy, x, statistics, weight, sums),
     }
     for reads, call in calls.items():
@@ -650,19 +650,45 @@ def statistics_of_inference_mode(rank, world_size):
     """They have no version to be raised: the reference moves them, where torch lets it."""
     x = torch.randn(2, 3, 4)
     with syncbn.use_kernels("cpu"):
-        plain, frozen = syncbn.SyncBatchNorm(3), syncbn.SyncBatchNorm(3)
+        plain = syncbn.SyncBatchNorm(3)
         with torch.inference_mode():
             made = syncbn.SyncBatchNorm(3)
             for layer in (plain, made):
                 layer(x)
             assert [isinstance(k, cpu.CpuKernels) for k in backends.kernels_of.values()] == [True, False]
-            frozen(x)
         for got, wanted in zip(made.buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(got, wanted)
             assert got.is_inference()
             assert not wanted.is_inference()
         with torch.no_grad(), pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
             made(x)
+
+
+def other_memory(rank, world_size, what):
+    """Change how x or weight lies in memory between forward and backward; return the gradients of both kernels."""
+    grads = []
+    for name in ("cpu", "reference"):
+        torch.manual_seed(rank)
+        x = draw((2, 3, 4, 5), torch.float32, "last").requires_grad_()
+        layer, hooks = syncbn.SyncBatchNorm(3), contextlib.nullcontext()
+        if what == "strides of x":  # as hooks that keep tensors elsewhere may do
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t
+            )
+        with syncbn.use_kernels(name), hooks:
+            y = layer(x)
+        assert of_cpu(y) == (name == "cpu")
+        if what == "dtype of weight":
+            layer.double()
+        y.backward(draw((2, 3, 4, 5), torch.float32, seed=2))
+        grads.append(x.grad)
+    return grads
+
+
+@pytest.mark.parametrize("what", ["strides of x", "dtype of weight"])
+def test_other_memory_in_backward(run, what):
+    for got, wanted in run(other_memory, 2, what):
+        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
 
 
 def another_shape(rank, world_size):
@@ -684,7 +710,7 @@ def another_shape(rank, world_size):
         another_shape,
     ],
 )
-def test_what_autograd_sees(run, function):
+def test_special_cases_of_a_layer(run, function):
     run(function, 2)
 
 

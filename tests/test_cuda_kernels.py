@@ -1,4 +1,4 @@
-"""kernels/cuda.py on CPU stand-ins for the CUDA operators, which are as strict about dtypes as those are."""
+"""ops/cuda.py on CPU stand-ins for the CUDA operators, which are as strict about dtypes as those are."""
 
 import contextlib
 import math
@@ -7,14 +7,16 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from syncbn.kernels import cuda, reference, selfcheck
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as NativeFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
-from syncbn import collectives, compat, functional, kernels, step
-from syncbn.ops.reference import per_channel, sum_dtype
+from syncbn import compat, functional
+from syncbn.distributed import exchange
+from syncbn.ops import backends, cpu, cuda, reference, selfcheck
+from syncbn.ops.layout import SUM_DTYPE, per_channel
+from syncbn.ops.reference import Running
 
 HALVES = (torch.float16, torch.bfloat16)
 # float64 and float32: what the core promises; half types: their own rounding, of values up to 4
@@ -25,6 +27,10 @@ ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.empty_like")
 
 def dims(x):
     return [0, *range(2, x.dim())]
+
+
+def sum_dtype(x):
+    return SUM_DTYPE.get(x.dtype, x.dtype)
 
 
 def update_stats(x, running_mean, running_var, momentum):
@@ -103,9 +109,9 @@ def stand_ins(**others):
                 library.impl(f"batch_norm_{name}", function, "CPU")
         patch.setattr(cuda, "_DEVICE_TYPE", "cpu")
         patch.setattr(cuda, "_passed", {})
-        patch.setattr(kernels, "choose", lambda x: cuda if cuda.supports(x) else reference)
-        patch.setattr(step, "train", lambda *_: None)
-        yield
+        patch.setattr(cpu, "kernels_for", lambda *_, **__: None)
+        with syncbn.use_kernels("auto"):  # and with no kernels kept from before
+            yield
 
 
 @pytest.fixture
@@ -123,16 +129,19 @@ def error(got, true):
 
 
 def two_parts(x, dy, weight, bias, eps=1e-5):
-    """Run the primitives on two uneven parts of a batch; return y, dx, sum_dy, sum_dy_xhat of all of it."""
+    """Run the phases on two uneven parts of a batch; return y, dx, sum_dy, sum_dy_xhat of all of it."""
     parts = list(zip(x.split([1, len(x) - 1]), dy.split([1, len(x) - 1]), strict=True))
-    packed = sum(cuda.local_sums(x) for x, _ in parts)
-    assert packed.dtype == torch.float64
-    count, mean = packed[-1], packed[:-1].chunk(2)[0] / packed[-1]
-    invstd = (packed[:-1].chunk(2)[1] / count - mean**2 + eps).rsqrt()
-    mean, invstd = mean.to(sum_dtype(x)), invstd.to(sum_dtype(x))
-    y = [cuda.normalize(x, mean, invstd, weight, bias) for x, _ in parts]
-    sums = sum(torch.cat(cuda.backward_sums(dy, x, mean, invstd)).double() for x, dy in parts)
-    dx = [cuda.input_gradient(dy, x, mean, invstd, weight, sums, count) for x, dy in parts]
+    summed = sum(cuda.forward_reduce(x) for x, _ in parts)
+    y, statistics = zip(*(cuda.forward_apply(x, summed, weight, bias, Running(), eps) for x, _ in parts), strict=True)
+    torch.testing.assert_close(*statistics, rtol=0, atol=0, equal_nan=True)
+    dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+    reduced = [cuda.backward_reduce(dy, x, statistics[0], *dtypes) for x, dy in parts]
+    for packed, grad_weight, grad_bias in reduced:
+        for dtype, got, wanted in zip(dtypes, (grad_weight, grad_bias), packed.chunk(2)[::-1], strict=True):
+            assert got is None if dtype is None else torch.equal(got, wanted.to(dtype))
+    sums = sum(packed for packed, *_ in reduced)
+    assert summed.dtype == statistics[0].dtype == sums.dtype == torch.float64
+    dx = [cuda.backward_apply(dy, x, statistics[0], weight, sums) for x, dy in parts]
     for x, *results in zip((x for x, _ in parts), y, dx, strict=True):
         assert all(r.dtype == x.dtype and r.stride() == x.stride() for r in results)
     return torch.cat(y), torch.cat(dx), *sums.chunk(2)
@@ -161,7 +170,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("shape", "layout"), SHAPES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_primitives_match_float64(on_stand_ins, shape, layout, dtype):
+def test_the_phases_match_float64(on_stand_ins, shape, layout, dtype):
     x, dy = laid_out(torch.randn(shape, dtype=dtype) * 2 + 3, layout), torch.randn(shape).to(dtype)
     kinds = [(None, None), (sum_dtype(x), sum_dtype(x)), (sum_dtype(x), None), (None, dtype), (dtype, sum_dtype(x))]
     for kind in kinds:
@@ -192,7 +201,7 @@ def test_the_variance_comes_out_whole(on_stand_ins, layout):
     x[:, 1] = 1 / 3
     x[:, 2] = 1000 + 0.1 * x[:, 2]
     x = laid_out(x, layout)
-    mean, sqmean = (cuda.local_sums(x)[:-1] / 648).chunk(2)
+    mean, sqmean = (cuda.forward_reduce(x)[:-1] / 648).chunk(2)
     var, true = sqmean - mean**2, x.double().var(dims(x), correction=0)
     assert (var - true)[[0, 2, 3]].abs().le(1e-4 * true[[0, 2, 3]]).all()
     assert true[0] < 2e-10
@@ -214,42 +223,42 @@ def test_nan_and_inf_stay_visible(on_stand_ins):
 
 def test_a_global_count_above_the_int32_range(on_stand_ins):
     x, dy, count = torch.randn(4, 5, 3, 3), torch.randn(4, 5, 3, 3), torch.tensor(3.0 * 2**32).double()
-    mean, invstd, sums = torch.randn(5), torch.rand(5) + 1, torch.randn(10).double() * count
-    arguments = dy, x, mean, invstd, None, sums
-    true = reference.input_gradient(*(t if t is None else t.double() for t in arguments), count)
-    assert error(cuda.input_gradient(*arguments, count), true) < TOLERANCE[torch.float32]
+    statistics = torch.cat([torch.randn(5).double(), torch.rand(5).double() + 1, count.view(1)])
+    sums = torch.randn(10).double() * count
+    true = reference.backward_apply(dy.double(), x.double(), statistics, None, sums)
+    assert error(cuda.backward_apply(dy, x, statistics, None, sums), true) < TOLERANCE[torch.float32]
 
 
-def test_what_it_supports(on_stand_ins, monkeypatch):
+def test_what_it_serves(on_stand_ins, monkeypatch):
     x = torch.randn(4, 3, 5, 5)
-    assert cuda.supports(x)
-    assert cuda.supports(x.contiguous(memory_format=torch.channels_last))
-    assert not cuda.supports(x[:0])
-    assert not cuda.supports(x.transpose(2, 3))
-    assert not cuda.supports(x[..., ::2])
-    assert not cuda.supports(x.as_subclass(type("Other", (torch.Tensor,), {})))
-    assert not cuda.supports(torch.empty(1, device="meta").expand(2, 2**30))  # by the device, and
+    assert cuda.kernels_for(x) is cuda
+    assert cuda.kernels_for(x.contiguous(memory_format=torch.channels_last)) is cuda
+    assert cuda.kernels_for(x[:0]) is None
+    assert cuda.kernels_for(x.transpose(2, 3)) is None
+    assert cuda.kernels_for(x[..., ::2]) is None
+    assert cuda.kernels_for(x.as_subclass(type("Other", (torch.Tensor,), {}))) is None
+    assert cuda.kernels_for(torch.empty(1, device="meta").expand(2, 2**30)) is None  # by the device, and
     monkeypatch.setattr(cuda, "_DEVICE_TYPE", "meta")
-    assert not cuda.supports(torch.empty(2, 2**30, device="meta"))  # by its size
+    assert cuda.kernels_for(torch.empty(2, 2**30, device="meta")) is None  # by its size
     monkeypatch.setattr(cuda, "_DEVICE_TYPE", "cuda")
-    assert not cuda.supports(x)
+    assert cuda.kernels_for(x) is None
 
 
 def test_the_self_check_runs_once_and_not_while_a_graph_is_captured(on_stand_ins, monkeypatch):
     x, checked, passes = torch.randn(4, 3, 5, 5), [], selfcheck.passes
-    monkeypatch.setattr(selfcheck, "passes", lambda *args: checked.append(args) or passes(*args))
+    monkeypatch.setattr(selfcheck, "passes", lambda *args: checked.append(args[::2]) or passes(*args))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not cuda.supports(x)
+    assert cuda.kernels_for(x) is None
     assert not checked
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     state = torch.get_rng_state()
-    assert cuda.supports(x)
-    assert cuda.supports(x.half())
-    assert checked == [(cuda, x.device)]
+    assert cuda.kernels_for(x) is cuda
+    assert cuda.kernels_for(x.half()) is cuda
+    assert checked == [("syncbn.ops.cuda", x.device)]
     assert torch.get_rng_state().equal(state)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert cuda.supports(x)
+    assert cuda.kernels_for(x) is cuda
 
 
 def broken(name, function):
@@ -266,10 +275,10 @@ def broken(name, function):
 @pytest.mark.parametrize(
     ("operator", "how", "found"),
     [
-        ("elemt", "off by a thousandth", "normalize"),
-        ("backward_elemt", "NaN", "input_gradient"),
+        ("elemt", "off by a thousandth", "forward_apply"),
+        ("backward_elemt", "NaN", "backward_apply"),
         ("backward_elemt", "only channels last", "contiguous_format"),
-        ("update_stats", "only the constant channel", "local_sums"),
+        ("update_stats", "only the constant channel", "forward_reduce"),
         ("backward_reduce", None, "NotImplementedError"),
     ],
 )
@@ -280,12 +289,12 @@ def test_a_failed_self_check_warns_once_and_the_reference_goes_on(operator, how,
     x, layer = torch.randn(4, 3, 5, 5, requires_grad=True), nn.BatchNorm2d(3)
     with stand_ins(**{operator: broken(how, globals()[operator]) if how else refuse}):
         with pytest.warns(RuntimeWarning, match=f"(?s)reference kernels on cpu.*{found}") as caught:
-            assert not cuda.supports(x)
+            assert cuda.kernels_for(x) is None
         assert len(caught) == 1
-        assert not cuda.supports(x)  # without another
-        packed = kernels.choose(x).local_sums(x.detach())
-        mean, invstd = packed[:3] / 100, (packed[3:6] / 100 - (packed[:3] / 100) ** 2 + 1e-5).rsqrt()
-        y = kernels.choose(x).normalize(x.detach(), mean.float(), invstd.float(), None, None)
+        assert cuda.kernels_for(x) is None  # without another
+        kernels = backends.choose(x, None, None, None, None)
+        assert kernels is reference
+        y, _ = kernels.forward_apply(x.detach(), kernels.forward_reduce(x.detach()), None, None, Running(), 1e-5)
     torch.testing.assert_close(y, layer(x).detach(), rtol=0, atol=2e-5)
 
 
@@ -296,6 +305,7 @@ def layer_on_a_rank(rank, world_size, dtype, layout):
     x, layer = laid_out(x[part], layout).requires_grad_(), syncbn.SyncBatchNorm(3)
     with stand_ins():
         y = layer(x)
+        assert y.grad_fn.kernels is cuda
         y.backward(dy[part])
         assert cuda._passed == {x.device: True}
     assert y.stride() == x.grad.stride() == x.stride()
@@ -359,10 +369,10 @@ def traces_on_a_rank(rank, world_size):
     }
     found = {}
     with stand_ins(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives.exchange, "gather_limit", lambda *_: 0)
+        patch.setattr(exchange, "_GATHER_BYTES", 0)
         patch.setattr(dist.ProcessGroup, "_get_backend_name", lambda _: "nccl")
         patch.setattr(dist, gather.__name__, lambda out, *args, **kw: gather(out.flatten(), *args, **kw))
-        assert cuda.supports(x)  # the self-check is over
+        assert cuda.kernels_for(x) is cuda  # the self-check is over
         for name, call in calls.items():
             y, forward = traced(call)
             _, backward = traced(lambda y=y: torch.autograd.grad(y, leaves, dy))
@@ -374,7 +384,8 @@ def test_nothing_waits_for_the_device_and_operators_are_few(run):
     """Beside the function under torch's nn.SyncBatchNorm, whose masks of empty ranks wait for the device.
 
     Ours launches more small operators: sums of float64 are turned into moments by public operators one by one, where
-    torch's layer has one operator. Its indexing by a mask is dispatched once, and finds the positions inside.
+    torch's layer has one operator, and both phases of backward round the float64 statistics for their operator. The
+    native layer's indexing by a mask is dispatched once, and finds the positions inside.
     """
     found = run(traces_on_a_rank, 2)[0]
     for names, _ in found["ours"]:
@@ -385,18 +396,21 @@ def test_nothing_waits_for_the_device_and_operators_are_few(run):
         [len(launches) for _, launches in found[name]] for name in ("ours", "native")
     )
     assert forward <= native_forward + 9, found
-    assert backward <= native_backward + 3, found
+    assert backward <= native_backward + 5, found
 
 
-def test_operators_of_the_primitives(on_stand_ins):
+def test_operators_of_the_phases(on_stand_ins):
     x, dy, channel, sums = torch.randn(4, 5, 3, 3), torch.randn(4, 5, 3, 3), torch.rand(4, 5), torch.rand(10).double()
-    mean, invstd, weight, bias = channel
-    count = torch.tensor(36.0).double()
-    assert cuda.supports(x)
-    for call, num_launches in (
-        (lambda: cuda.local_sums(x), 4),
-        (lambda: cuda.normalize(x, mean, invstd, weight, bias), 1),
-        (lambda: cuda.backward_sums(dy, x, mean, invstd), 1),
-        (lambda: cuda.input_gradient(dy, x, mean, invstd, weight, sums, count), 3),
+    weight, bias, *running = channel
+    statistics = torch.cat([torch.rand(10), torch.tensor([36.0])]).double()
+    assert cuda.kernels_for(x) is cuda
+    for num_launches, call in (
+        (4, lambda: cuda.forward_reduce(x)),
+        (9, lambda: cuda.forward_apply(x, statistics, weight, bias, Running(), 1e-5)),
+        (15, lambda: cuda.forward_apply(x, statistics, weight, bias, Running(*running, momentum=0.1), 1e-5)),
+        (4, lambda: cuda.backward_reduce(dy, x, statistics, weight.dtype, bias.dtype)),
+        (4, lambda: cuda.backward_apply(dy, x, statistics, weight, sums)),
     ):
-        assert len(traced(call)[1].launches) == num_launches
+        trace = traced(call)[1]
+        assert len(trace.launches) == num_launches, trace.launches
+        assert sum("batch_norm" in name for name in trace.launches) == 1  # one pass over x

@@ -16,13 +16,12 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from experiment.gpu_check import matrix, needs, parts, primitive_cases, primitives, report, worker
+from experiment.gpu_check import matrix, needs, parts, phase_cases, phases, report, worker
 from experiment.gpu_check.outcome import FAILED, OK, SKIPPED, Outcome, Table, make_record
 from experiment.gpu_check.resnet import ResNet50
 from experiment.gpu_check.runner import ROOT, environment
 
-from syncbn import kernels
-from syncbn.ops import selfcheck
+from syncbn.ops import cpu, reference, selfcheck
 
 HERE = Path(__file__).parent
 
@@ -163,30 +162,79 @@ def test_slower_kernels_than_asked_for_are_a_failure():
     assert "RuntimeWarning: syncbn.ops.cuda was compared" in record["summary"]
 
 
-def of_factor(function, factor=1.001):
+RESULTS = {  # of each phase, in the order of its return value; then what it changes in place
+    "forward_reduce": ("sums",),
+    "forward_apply": ("y", "statistics", "running_mean", "running_var"),
+    "backward_reduce": ("sums", "grad_weight", "grad_bias"),
+    "backward_apply": ("dx",),
+}
+
+
+WITH_COUNT = [("forward_reduce", "sums"), ("forward_apply", "statistics")]
+
+
+def all_off(t):
+    return t * 1.001
+
+
+def all_but_the_count_off(t):
+    return torch.cat([t[:-1] * 1.001, t[-1:]])
+
+
+def the_count_off(t):
+    return torch.cat([t[:-1], t[-1:] * 1.001])
+
+
+def spoilt(function, position, spoil, is_method=False):
+    """Return ``function`` with the result at ``position`` spoilt."""
+
     def wrong(*args):
         found = function(*args)
-        return tuple(t * factor for t in found) if isinstance(found, tuple) else found * factor
+        several = found if isinstance(found, tuple) else (found,)
+        if position >= len(several):
+            moved = args[4 + is_method][position - len(several)]  # of Running
+            moved.copy_(spoil(moved))
+            return found
+        several = [t if t is None or i != position else spoil(t) for i, t in enumerate(several)]
+        return tuple(several) if isinstance(found, tuple) else several[0]
 
     return wrong
 
 
-@pytest.mark.parametrize("primitive", primitive_cases.PRIMITIVES)
-@pytest.mark.parametrize("name", primitives.BACK_ENDS["cpu"])
-def test_a_fault_in_a_primitive_is_found_by_name(monkeypatch, name, primitive):
-    monkeypatch.setattr(primitive_cases, "_SHAPES", primitive_cases._SHAPES[:2])
-    if primitives._open(name) is not None:
+@pytest.mark.parametrize(("phase", "what"), [(phase, what) for phase, names in RESULTS.items() for what in names])
+@pytest.mark.parametrize("name", phases.BACK_ENDS["cpu"])
+def test_a_fault_in_a_phase_is_found_by_name(monkeypatch, name, phase, what):
+    monkeypatch.setattr(phase_cases, "_SHAPES", phase_cases._SHAPES[:2])
+    if phases._open(name) is not None:
         pytest.skip("no C++ compiler is installed")
-    module = getattr(kernels, name)
-    monkeypatch.setattr(module, primitive, of_factor(getattr(module, primitive)))
-    failures = [f for f in primitives.measure("cpu").failures if "self-check" not in f]
-    found = [f for f in failures if f.startswith(f"{name}.{primitive}, float32, ")]
-    if primitive == "local_sums":
-        assert "expected a count of 120, got 120.12" in found[0]
-    else:
-        assert [f.split(", ")[2].split(":")[0] for f in found][:2] == ["contiguous", "channels_last"]
-        assert 0.0005 < float(found[0].partition("error ")[2].partition(",")[0]) < 0.002
-    assert all(f.startswith(f"{name}.{primitive}, ") for f in failures), failures
+    of = {"reference": reference, "cpu": cpu.CpuKernels}[name]
+    spoil = all_but_the_count_off if (phase, what) in WITH_COUNT else all_off
+    wrong = spoilt(getattr(of, phase), RESULTS[phase].index(what), spoil, is_method=name == "cpu")
+    monkeypatch.setattr(of, phase, wrong)
+    failures = [f for f in phases.measure("cpu").failures if "self-check" not in f]
+    assert all(f.startswith(f"{name}.{phase}, ") for f in failures), failures
+    assert all(f": {what}: " in f for f in failures), failures
+    found = [f for f in failures if f.startswith(f"{name}.{phase}, float32, ")]
+    assert [f.split(", ")[2].split(":")[0] for f in found][:2] == ["contiguous", "channels_last"]
+    assert 0.0005 < float(found[0].partition("error ")[2].partition(",")[0]) < 0.002
+
+
+@pytest.mark.parametrize(("phase", "what"), WITH_COUNT)
+def test_a_wrong_count_is_found(monkeypatch, phase, what):
+    monkeypatch.setattr(phase_cases, "_SHAPES", phase_cases._SHAPES[:1])
+    wrong = spoilt(getattr(reference, phase), RESULTS[phase].index(what), the_count_off)
+    monkeypatch.setattr(reference, phase, wrong)
+    found = [f for f in phases.measure("cpu").failures if f.startswith(f"reference.{phase}, float32, contiguous")]
+    assert f"{what}: expected a count of 120, got 120.12" in found[0]
+
+
+def test_a_batch_that_is_not_counted_is_found(monkeypatch):
+    monkeypatch.setattr(phase_cases, "_SHAPES", phase_cases._SHAPES[:1])
+    count = reference.forward_reduce
+    monkeypatch.setattr(reference, "forward_reduce", lambda x, num_batches_tracked=None: count(x))
+    failures = [f for f in phases.measure("cpu").failures if f.startswith("reference.")]
+    assert len(failures) == 4 * 3  # dtypes; contiguous, strided, permuted
+    assert all(f.endswith("num_batches_tracked: expected 4, got 3") for f in failures)
 
 
 def test_a_failed_self_check_and_a_failed_build_are_failures(monkeypatch):
@@ -194,18 +242,27 @@ def test_a_failed_self_check_and_a_failed_build_are_failures(monkeypatch):
         warnings.warn("expected equal results, got NaN", RuntimeWarning, stacklevel=1)
         return False
 
-    monkeypatch.setattr(primitive_cases, "_SHAPES", primitive_cases._SHAPES[:1])
-    monkeypatch.setattr(selfcheck, "passes", refuse)
-    monkeypatch.setattr(primitives, "_open", lambda name: "it did not build" if name == "fused" else None)
-    outcome = primitives.measure("cpu")
-    assert outcome.failures == [
-        "native: the self-check failed: expected equal results, got NaN",
-        "fused is not available: it did not build",
-    ]
-    monkeypatch.setattr(primitives, "_open", lambda name: None if name == "reference" else "FileNotFoundError: c++")
-    outcome = primitives.measure("cpu")
+    monkeypatch.setattr(phase_cases, "_SHAPES", phase_cases._SHAPES[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(selfcheck, "passes", refuse)
+        patch.setattr(phases, "_open", lambda name: None)
+        patch.setattr(cpu, "kernels_for", lambda *_: reference)  # as there may be no compiler
+        assert phases.measure("cpu").failures == ["cpu: the self-check failed: expected equal results, got NaN"]
+    monkeypatch.setattr(phases, "_open", lambda name: "it did not build" if name == "cpu" else None)
+    assert phases.measure("cpu").failures == ["cpu is not available: it did not build"]
+    monkeypatch.setattr(phases, "_open", lambda name: None if name == "reference" else "FileNotFoundError: c++")
+    outcome = phases.measure("cpu")
     assert not outcome.failures
-    assert "fused is not available: FileNotFoundError: c++" in outcome.summary
+    assert "cpu is not available: FileNotFoundError: c++" in outcome.summary
+
+
+def test_a_back_end_that_leaves_an_input_is_found(monkeypatch):
+    monkeypatch.setattr(phase_cases, "_SHAPES", phase_cases._SHAPES[:1])
+    monkeypatch.setattr(phases, "_open", lambda name: None)
+    monkeypatch.setattr(cpu, "kernels_for", lambda *_: None)
+    failures = [f for f in phases.measure("cpu").failures if "self-check" not in f]
+    assert {f.partition(", ")[0] for f in failures} == {f"cpu.{phase}" for phase in RESULTS}
+    assert all("expected kernels for this input, got none" in f for f in failures)
 
 
 def test_the_matrix_reports_tests_by_name():
@@ -268,7 +325,7 @@ def test_every_part_on_the_cpu(tmp_path):
 
 @pytest.mark.slow
 def test_the_cuda_branches_on_stand_ins():
-    names = ["machine", "primitives", "nccl_one", "determinism", "host_waits", "launches", "layer", "step", "memory"]
+    names = ["machine", "phases", "nccl_one", "determinism", "host_waits", "launches", "layer", "step", "memory"]
     command = [sys.executable, str(HERE / "gpu_stand_ins.py"), *names, "cuda_graph"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=600)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..distributed.groups import GroupSpec
-from ..nn.batchnorm import SyncBatchNorm, SyncBatchNormAct
+from ..nn.activated import SyncBatchNormAct
+from ..nn.batchnorm import SyncBatchNorm
 from . import norms, swap
 from .swap import Original, original_class, original_of
 from .third_party import activates, is_frozen_class

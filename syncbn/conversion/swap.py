@@ -141,9 +141,8 @@ def restore(layer: nn.Module) -> None:
 def swap_to_batchnorm(layer: SyncBatchNorm) -> None:
     """Make a layer that was written as a SyncBatchNorm the nn.BatchNorm of its last input's dimensions."""
     by_dims = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    batchnorm_class = by_dims.get(layer.last_dims or 4, nn.BatchNorm2d)
-    layer._release({})
-    layer.__class__ = batchnorm_class  # type: ignore[assignment]
+    dims = layer._release({})
+    layer.__class__ = by_dims.get(dims or 4, nn.BatchNorm2d)  # type: ignore[assignment]
 
 
 def _set_class(layer: nn.Module, original: Original) -> None:

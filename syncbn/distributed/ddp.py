@@ -1,9 +1,8 @@
 """What a training forward must know of the DistributedDataParallel module that runs it.
 
 Before every training forward DDP copies rank 0's buffers to all ranks, unless it was made with
-``forward_sync_buffers=False`` (recommended). Layers of the world group hold equal statistics everywhere, so that copy
-changes nothing; layers of subgroups would lose theirs. DDP's copy at construction, by which every rank gets what
-rank 0 loaded, stays as it is.
+``forward_sync_buffers=False`` (recommended). Layers of subgroups would lose their statistics by that; those of the
+world hold equal ones everywhere. DDP's copy at construction, of what rank 0 loaded, stays as it is.
 """
 
 import warnings
@@ -19,11 +18,7 @@ _done: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def refuse_join(ddp: Any) -> None:
-    """Refuse a training forward under ``DDP.join()``.
-
-    Raises:
-        ValueError: A rank that has run out of data answers DDP's collectives, not the layer's.
-    """
+    """Refuse a training forward under ``DDP.join()`` with a ValueError."""
     if joins(ddp):
         raise ValueError(
             "SyncBatchNorm cannot run under DDP.join(): a rank without data would not take part in the layers' "
@@ -32,16 +27,10 @@ def refuse_join(ddp: Any) -> None:
 
 
 def keep_from_copies(ddp: Any, is_subgroup_layer: Callable[[nn.Module], bool]) -> None:
-    """Keep DDP's copy per step away from the statistics of subgroups.
+    """Keep DDP's copy per step away from the statistics of subgroups, in the first forward pass of ``ddp``.
 
-    To be called in a layer's training forward: only there is it known which DDP module runs it, and under which names
-    it knows the layers. The buffers of subgroup layers leave the copy per step with the first step, whose own copy has
-    been made then: it repeats the one at construction (and undoes what was set per rank in between). Nothing is seen
-    of a compiled model, which needs ``forward_sync_buffers=False``.
-
-    Args:
-        ddp: The module whose forward pass runs.
-        is_subgroup_layer: Tells the layers to protect.
+    Its copy in that step has been made then: it repeats the one at construction (and undoes what was set per rank in
+    between). Nothing is seen of a compiled model, which needs ``forward_sync_buffers=False``.
     """
     if ddp in _done:
         return

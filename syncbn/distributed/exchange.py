@@ -1,6 +1,7 @@
 """One sum over the ranks of a process group, which group that is, and who is told before it and when it fails."""
 
-from typing import Any, Protocol
+import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,26 +12,17 @@ from ..compat import all_gather_single
 from ..private import all_reduce_in_graph, backend_name, backend_name_in_graph, gather_in_graph
 from .groups import GroupSpec, current_world, rank_in_world
 
+Facts = tuple[Any, ...]  # for the observer: the input, whether it needs a gradient, eps, momentum
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
 
-class Observer(Protocol):
-    """Is told of every exchange before it begins, and may raise: the order check of `syncbn.debug`."""
-
-    hint: str  # ends the message of an exchange that failed
-
-    def before_exchange(
-        self, group: ProcessGroup, num_numbers: int, name: str, direction: str, facts: tuple[Any, ...]
-    ) -> None: ...
-
-    def note_eval(self, name: str) -> None: ...
-
-
-_observer: Observer | None = None
+# What is told of every exchange before it begins, and may raise: the order check of `syncbn.debug`. It has a `hint`,
+# which ends the message of an exchange that failed, and the methods `before_exchange` and `note_eval`.
+_observer: Any = None
 _HINT = "Where the others were, SYNCBN_CHECK_ORDER=1 shows in the next run (see syncbn.debug)."
 
 
-def observe(observer: Observer | None) -> Observer | None:
+def observe(observer: Any) -> Any:
     """Let ``observer`` be told of all exchanges of this process, and return the one before."""
     global _observer
     before, _observer = _observer, observer
@@ -45,37 +37,28 @@ def note_eval(name: str) -> None:
 
 def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
     """Find the process group of ``spec``, None where there is nothing to exchange; see `GroupSpec.resolve`."""
-    if not torch.compiler.is_compiling():
-        world = current_world()
-        if world is None:
-            return None
-        group = spec.found()
-        if group is not None and spec.found_in() is world:
+    world = None if torch.compiler.is_compiling() else current_world()
+    if world is not None:
+        found, found_in = spec.found
+        if found_in() is world and (group := found()) is not None:
             return group
     try:
-        return spec.resolve() if torch.compiler.is_compiling() else spec.resolve_and_remember()
+        group = spec.resolve()
     except RuntimeError as error:
         raise explain(error, name, "when the process groups were made") from error
+    if group is not None and world is not None and spec.ranks is None:  # a ProcessGroup can be destroyed by itself
+        spec.found = weakref.ref(group), weakref.ref(world)
+    return group
 
 
-def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: tuple[Any, ...] = ()) -> Tensor:
+def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: Facts = ()) -> Tensor:
     """Sum ``packed``, ``(n,)``, over the ranks of ``group``: one collective, which may overwrite it.
 
-    Where gradients must flow through the sum (second order), its gradient is again a sum over the ranks.
-
-    On gloo small buffers are gathered, and added up here in one order: half the network's delays, and the same bits on
-    all machines of one kind. Which collective it is depends on the group and the size alone, so that a rank whose
-    torch.compile gave up agrees with the others. torch.compile needs the functional collectives.
-
-    Args:
-        packed: The buffer.
-        group: More than one rank.
-        name: Whose exchange it is, in messages.
-        direction: Such as "forward", in messages.
-        facts: For the observer: the input; whether it needs a gradient; eps; momentum.
-
-    Raises:
-        RuntimeError: What the backend raises, of the same class, with name, direction and rank.
+    Where gradients must flow through the sum (second order), its gradient is again a sum over the ranks. On gloo small
+    buffers are gathered, and added up here in one order: half the network's delays, and the same bits on all machines
+    of one kind. Which collective it is depends on the group and the size alone, so that a rank whose torch.compile
+    gave up agrees with the others. What the backend raises is raised again, as the same class, with ``name`` (of the
+    layer), ``direction`` (such as "forward") and rank.
     """
     is_compiling, num_ranks = torch.compiler.is_compiling(), group.size()
     # torch 2.6: in a backward pass, dynamo knows no packed.requires_grad, nor packed.is_cpu
@@ -105,9 +88,7 @@ class _Sum(torch.autograd.Function):
     """Sum over the ranks, whose gradient is the sum over the ranks of the gradients: each rank uses the result."""
 
     @staticmethod
-    def forward(
-        ctx: Any, packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: tuple[Any, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: Facts) -> Tensor:
         ctx.arguments = group, name, "second-order backward", facts
         return all_reduce(packed.detach().clone(), group, name, direction, facts)
 

@@ -4,7 +4,6 @@ A *spec* says which ranks share their statistics; a group is found or made from 
 built, copied and pickled where no process group exists yet.
 """
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,6 +20,8 @@ ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
 
 _BY_SIZE_OR_NAME = (int, str)  # groups that are made here; a tuple, as torch 2.6 traces no `int | str`
 _IS_AVAILABLE = dist.is_available()
+ranks_of: Any = getattr(dist, "get_process_group_ranks", None)  # global ranks of a group, in the order of its own
+_NOTHING: Any = (lambda: None,) * 2
 # Looked up at each call, since ranks that are threads have one each; quicker than a function of ours.
 current_world: Callable[[], ProcessGroup | None] = partial(getattr, getattr(dist, "group", None), "WORLD", None)
 
@@ -28,18 +29,13 @@ current_world: Callable[[], ProcessGroup | None] = partial(getattr, getattr(dist
 class GroupSpec:
     """Which ranks share their statistics. Immutable; copies share it, and it pickles without a process group.
 
-    Args:
-        value: None for the world, an int for groups of that many consecutive ranks, ``"node"`` for the ranks of
-            equal host name, a ProcessGroup, or a DeviceMesh of one dimension.
-
-    Raises:
-        ValueError: If ``value`` is none of these, or a ProcessGroup that this rank is not in.
+    ``value`` is None for the world, an int for groups of that many consecutive ranks, ``"node"`` for the ranks of
+    equal host name, a ProcessGroup, or a DeviceMesh of one dimension; a ValueError for anything else.
     """
 
     value: ProcessGroupLike
     ranks: tuple[int, ...] | None  # of a ProcessGroup, which may be gone by the time they are asked for
-    found: Callable[[], ProcessGroup | None]  # what was resolved last, and in which world: weak references
-    found_in: Callable[[], ProcessGroup | None]
+    found: tuple[Callable[[], ProcessGroup | None], Callable[[], ProcessGroup | None]]  # last group, and its world
 
     def __new__(cls, value: ProcessGroupLike) -> "GroupSpec":
         """Return the one spec of an int or "node", so that it is declared as long as any layer has it."""
@@ -47,8 +43,8 @@ class GroupSpec:
         spec: GroupSpec | None = declared.get(value) if isinstance(value, _BY_SIZE_OR_NAME) else None
         if spec is None:
             spec = super().__new__(cls)
-            spec.value, spec.found, spec.found_in = value, _nothing, _nothing
-            spec.ranks = tuple(dist.get_process_group_ranks(value)) if isinstance(value, ProcessGroup) else None
+            spec.value, spec.found = value, _NOTHING
+            spec.ranks = tuple(ranks_of(value)) if isinstance(value, ProcessGroup) else None
             if isinstance(value, _BY_SIZE_OR_NAME):
                 declared[value] = spec
         return spec
@@ -65,18 +61,15 @@ class GroupSpec:
     def resolve(self) -> ProcessGroup | None:
         """Find the process group, or None where there is nothing to exchange: no process group, or a group of one.
 
-        The first call that needs a group of an int or ``"node"`` makes the groups of all declared specs, which is
-        a collective of the whole world.
-
-        Raises:
-            ValueError: If an int does not divide the world size; if the process group is gone, or, after unpickling,
-                no group of its ranks exists.
+        The first call for an int or ``"node"`` is a collective of the whole world, see `subgroups`. Raises ValueError
+        if an int does not divide the world size, or no group of a ProcessGroup's ranks exists.
         """
         if not (_IS_AVAILABLE and dist.is_initialized()):  # torch 2.6 does not trace `dist.group.WORLD is None`
             return None
         if self.ranks is not None:
             group = self.value if isinstance(self.value, ProcessGroup) else None
-            if group is None or not (torch.compiler.is_compiling() or _exists(group)):
+            is_known = torch.compiler.is_compiling() or group in (known_groups() or [group])
+            if group is None or not is_known:
                 group = _find_group(self.ranks)
         elif self.value is None:
             group = dist.group.WORLD
@@ -86,13 +79,6 @@ class GroupSpec:
             assert isinstance(self.value, DeviceMesh)
             group = self.value.get_group()
         return None if group is None or group.size() == 1 else group
-
-    def resolve_and_remember(self) -> ProcessGroup | None:
-        """Do what `resolve` does, and keep the answer, but of a ProcessGroup, which can be destroyed by itself."""
-        group, world = self.resolve(), current_world()
-        if group is not None and world is not None and self.ranks is None:
-            self.found, self.found_in = weakref.ref(group), weakref.ref(world)
-        return group
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GroupSpec) and (self.value, self.ranks) == (other.value, other.ranks)
@@ -115,19 +101,10 @@ def rank_in_world() -> int:
     return dist.get_rank() if _IS_AVAILABLE and dist.is_initialized() else -1
 
 
-def ranks_of(group: ProcessGroup) -> list[int]:
-    """Return the global ranks of ``group`` in the order of its own."""
-    return dist.get_process_group_ranks(group)
-
-
-def _nothing() -> None:
-    return None
-
-
 def _spec_of_ranks(ranks: tuple[int, ...]) -> GroupSpec:
     """Unpickle the spec of a ProcessGroup, which is found again when it is needed."""
     spec = object.__new__(GroupSpec)
-    spec.value, spec.ranks, spec.found, spec.found_in = None, ranks, _nothing, _nothing
+    spec.value, spec.ranks, spec.found = None, ranks, _NOTHING
     return spec
 
 
@@ -135,7 +112,7 @@ def _check_spec(value: ProcessGroupLike) -> None:
     if dist.is_available() and value is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: expected a group that this rank is in, got one that it is not a member of.")
     if isinstance(value, ProcessGroup) and dist.get_rank(value) < 0:
-        ranks, rank = dist.get_process_group_ranks(value), dist.get_rank()
+        ranks, rank = ranks_of(value), dist.get_rank()
         raise ValueError(f"process_group: expected a group that rank {rank} is in, got one of the ranks {ranks}.")
     if isinstance(value, DeviceMesh) and value.ndim != 1:
         names = value.mesh_dim_names
@@ -152,17 +129,12 @@ def _check_spec(value: ProcessGroupLike) -> None:
         )
 
 
-def _exists(group: ProcessGroup) -> bool:
-    groups = known_groups()
-    return groups is None or group in groups
-
-
 def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
     if len(ranks) == 1 or dist.get_world_size() == 1:
         return None
     groups: list[ProcessGroup | None] = [dist.group.WORLD, *(known_groups() or ())]
     for group in groups:
-        if group is not None and tuple(dist.get_process_group_ranks(group)) == ranks:
+        if group is not None and tuple(ranks_of(group)) == ranks:
             return group
     raise ValueError(
         f"process_group: this layer has the group of the ranks {list(ranks)}, and no such group exists (any more). "
@@ -170,6 +142,5 @@ def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
     )
 
 
-# What torch.compiler.assume_constant_result does, without the second it takes to import the compiler: groups are
-# made and found while torch.compile traces, not in the graph.
+# What torch.compiler.assume_constant_result does, without the second it takes to import the compiler.
 setattr(_find_group, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute

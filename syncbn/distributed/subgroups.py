@@ -1,8 +1,7 @@
 """Make the process groups of all specs in use: those of an int or "node".
 
-Making a group is a collective of the whole world: a different order on another rank deadlocks. So every spec declares
-itself when it is made, and the first one that needs a group makes those of all declared specs, of all ranks, in one
-sorted order.
+Making a group is a collective of the whole world, and a different order on another rank deadlocks. So specs declare
+themselves, and the first one that needs a group makes those of all, declared on any rank, in one sorted order.
 """
 
 import json
@@ -28,16 +27,12 @@ def make_groups(specs: Iterable[Any]) -> None:
     """Make the groups of ``specs`` now, if torch.distributed is initialized: then a collective of the world.
 
     Whether it communicates depends on ``specs`` alone, which all ranks share, not on what else a rank has declared.
-
-    Raises:
-        ValueError: If an int does not divide the world size.
+    Raises ValueError if an int does not divide the world size.
     """
     values = {spec.value for spec in specs if isinstance(spec.value, (int, str))}
     if not (values and dist.is_available() and dist.is_initialized()):
         return
-    if not _is_made(values):
-        _make_groups()
-    for value in values:
+    for value in sorted(values, key=str):
         group_made_of(value)
 
 
@@ -53,16 +48,12 @@ def check_size(size: int, world_size: int) -> None:
 
 def group_made_of(value: int | str) -> ProcessGroup | None:
     """Return this rank's group of an int or "node", made before or now; None in a group of one."""
-    if not _is_made({value}):
+    if not (_made_in and _made_in[0] is dist.group.WORLD and value in _made):
         _make_groups()
     group = _made[value]
     if isinstance(group, ValueError):
         raise group
     return group
-
-
-def _is_made(values: set[Any]) -> bool:
-    return bool(_made_in) and _made_in[0] is dist.group.WORLD and all(value in _made for value in values)
 
 
 def _make_groups() -> None:
@@ -107,14 +98,11 @@ def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueE
         parts = [list(range(start, start + value)) for start in range(0, world_size, value)]
     if len(parts) == 1:
         return dist.group.WORLD
-    mine = None
-    for part in parts:  # every rank makes every group, in the same order
-        group = dist.new_group(part, timeout=timeout_of(dist.group.WORLD)) if len(part) > 1 else None
-        mine = group if rank in part else mine
-    assert not isinstance(mine, int)
-    return mine
+    timeout = timeout_of(dist.group.WORLD)
+    # every rank makes every group, in the same order
+    groups = [dist.new_group(part, timeout=timeout) if len(part) > 1 else None for part in parts]
+    return next((group for group, part in zip(groups, parts, strict=True) if rank in part), None)  # type: ignore[return-value]
 
 
-# What torch.compiler.assume_constant_result does, without the second it takes to import the compiler: groups are
-# made and found while torch.compile traces, not in the graph.
+# As torch.compiler.assume_constant_result: made while torch.compile traces, not in the graph.
 setattr(group_made_of, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute

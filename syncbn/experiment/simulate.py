@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import syncbn
 from syncbn.distributed.subgroups import check_size
 from syncbn.experiment.batches import BatchPlan
-from syncbn.nn.batchnorm import SyncBatchNormAct
+from syncbn.nn.activated import SyncBatchNormAct
 
 INSTEAD = "use engine=torchrun (for launch/train.py: torchrun --nproc-per-node, without simulate)"
 _FORWARDS = {cls.forward for cls in (_BatchNorm, nn.SyncBatchNorm, syncbn.SyncBatchNorm, SyncBatchNormAct)}

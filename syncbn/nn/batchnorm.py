@@ -29,16 +29,9 @@ class SyncBatchNorm(BatchNorm):
     Collectives: see `functional.sync_batch_norm`: one exchange forward and one backward, none in eval mode. The first
     training forward makes the process groups of an int or "node", if conversion did not: a collective of the world.
 
-    Args:
-        num_features: Channels C of the input.
-        eps: Added to the variance under the root.
-        momentum: Part of the batch in the new running statistics; None for the cumulative average.
-        affine: Whether the layer learns ``weight`` and ``bias``.
-        track_running_stats: Whether to keep running statistics; without them eval mode uses those of its own batch.
+    Args: as ``nn.BatchNorm2d``, and
         process_group: Ranks that share statistics: None for all, a number of consecutive ranks, "node", a
             ProcessGroup, or a DeviceMesh of one dimension.
-        device: Device of parameters and buffers.
-        dtype: Dtype of parameters and buffers.
         bias: Whether an affine layer has a ``bias``.
 
     Raises:
@@ -72,21 +65,17 @@ class SyncBatchNorm(BatchNorm):
 
     _converted_from: type[nn.Module] | None = None  # None for a layer that was written as it is
     _layer_name: str | None = None  # "path (class of the model)", for messages
-    _last_dims: int | None = None  # of an input
+    _last_dims: int | None = None  # of an input; None if there was none, or for a converted layer
+    group_spec: GroupSpec  # process_group as a value that copies and pickles
 
     @property
     def process_group(self) -> Any:
         """Ranks that share statistics, as given; for a layer unpickled with a ProcessGroup, the group of its ranks."""
-        return self._group_spec.given()
+        return self.group_spec.given()
 
     @process_group.setter
     def process_group(self, value: ProcessGroupLike | GroupSpec) -> None:
-        self._group_spec = value if isinstance(value, GroupSpec) else GroupSpec(value)
-
-    @property
-    def group_spec(self) -> GroupSpec:
-        """Ranks that share statistics, as a value that copies and pickles."""
-        return self._group_spec
+        self.group_spec = value if isinstance(value, GroupSpec) else GroupSpec(value)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""
@@ -101,7 +90,7 @@ class SyncBatchNorm(BatchNorm):
             if active_ddp() is not None:
                 self._enter_ddp(active_ddp())
             name = self._layer_name or f"SyncBatchNorm({self.num_features})"
-        group, weight, bias = group_of(self._group_spec, name), self.weight, self.bias
+        group, weight, bias = group_of(self.group_spec, name), self.weight, self.bias
         if group is None:
             check_input(input, weight, running.mean, self.eps, self.num_features)
             return one_process(input, weight, bias, running, self.eps)
@@ -126,8 +115,8 @@ class SyncBatchNorm(BatchNorm):
     def _enter_ddp(self, module: nn.Module) -> None:
         """Take part in the forward pass of a DDP module; see `ddp`."""
         ddp.refuse_join(module)
-        if self._group_spec.is_subgroup:
-            ddp.keep_from_copies(module, lambda m: isinstance(m, SyncBatchNorm) and m._group_spec.is_subgroup)
+        if self.group_spec.is_subgroup:
+            ddp.keep_from_copies(module, lambda m: isinstance(m, SyncBatchNorm) and m.group_spec.is_subgroup)
         if self._layer_name is None:
             self._layer_name = f"SyncBatchNorm({self.num_features})"
             name_layers(module.module)
@@ -135,23 +124,18 @@ class SyncBatchNorm(BatchNorm):
     def _adopt(self, original: type[nn.Module], spec: GroupSpec) -> dict[str, Any]:
         """Begin as a layer that was of another class so far; return what `_release` takes to end it."""
         before = {name: self.__dict__.pop(name) for name in _STATE if name in self.__dict__}
-        self.__dict__.update(_group_spec=spec, _converted_from=original)
+        self.__dict__.update(group_spec=spec, _converted_from=original)
         return before
 
-    def _release(self, before: dict[str, Any]) -> None:
-        """Give up what this class keeps on a layer, for what there was before `_adopt`."""
-        for name in _STATE:
-            self.__dict__.pop(name, None)
+    def _release(self, before: dict[str, Any]) -> int | None:
+        """Give up what this class keeps on a layer, for what was there before `_adopt`; return the last dimensions."""
+        state = {name: self.__dict__.pop(name, None) for name in _STATE}
         self.__dict__.update(before)
-
-    @property
-    def last_dims(self) -> int | None:
-        """Dimensions of the last input; None if there was none, or for a converted layer."""
-        return self._last_dims
+        return state["_last_dims"]
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments, the process group only where it is not the world."""
-        group = f", process_group={self._group_spec!r}" if self._group_spec.is_subgroup else ""
+        group = f", process_group={self.group_spec!r}" if self.group_spec.is_subgroup else ""
         return f"{super().extra_repr()}{group}"  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -162,7 +146,7 @@ class SyncBatchNorm(BatchNorm):
         return convert(module, process_group=process_group)
 
 
-_STATE = ("_group_spec", "_converted_from", "_layer_name", "_last_dims")
+_STATE = ("group_spec", "_converted_from", "_layer_name", "_last_dims")
 
 
 def name_layers(model: nn.Module) -> None:
@@ -170,12 +154,3 @@ def name_layers(model: nn.Module) -> None:
     for path, layer in model.named_modules():
         if isinstance(layer, SyncBatchNorm) and path:
             layer._layer_name = f"{path} ({type(model).__name__})"
-
-
-class SyncBatchNormAct(SyncBatchNorm):
-    """SyncBatchNorm followed by ``drop`` and ``act``, what timm's fused BatchNormAct2d becomes."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize, then drop and activate."""
-        y: Tensor = self.act(self.drop(super().forward(input)))  # type: ignore[operator]
-        return y

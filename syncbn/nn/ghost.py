@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..compat import BatchNorm
 from ..ops.checks import check_input
-from ..ops.layout import has_memory_format, memory_format
+from ..ops.layout import memory_format
 
 # Values per split below which a call per split costs more than gathering the splits as channels (CPU, measured).
 _MIN_SPLIT = 40_000
@@ -168,7 +168,10 @@ def ghost_batch_norm(
     parameters = [tensor for tensor in (weight, bias, batch) if tensor is not None]
     is_large = x.device.type == "cpu" and x.numel() >= max(1, _MIN_SPLIT * num_splits)
     is_same_dtype = all(p.dtype == x.dtype for p in parameters)
-    if not (is_large and is_same_dtype and has_memory_format(x)) or torch.compiler.is_compiling():
+    if (
+        not (is_large and is_same_dtype and x.is_contiguous(memory_format=memory_format(x)))
+        or torch.compiler.is_compiling()
+    ):
         return _as_channels(x, num_splits, weight, bias, eps, batch)
     running = [[None] * num_splits] * 2 if batch is None else batch
     splits = zip(x.chunk(num_splits), *running, strict=True)

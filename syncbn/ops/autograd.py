@@ -12,22 +12,15 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .. import private
 from ..distributed.exchange import all_reduce
-from ..private import (
-    are_transforms_active,
-    assert_in_graph,
-    jit_tracing_state,
-    num_dispatch_modes,
-    running_backward,
-    top_saved_tensors_hooks,
-)
 from . import recompute, reference
 from .backends import Kernels, choose, kernels_of, remember
 from .checks import check_input
 from .layout import per_channel
 from .reference import Running
 
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
+_Dtypes = tuple[torch.dtype | None, torch.dtype | None]  # of weight and bias
 
 
 def train_step(
@@ -42,9 +35,8 @@ def train_step(
 ) -> Tensor:
     """Normalize ``x`` with the statistics of all ranks of ``group``: one exchange forward, one backward.
 
-    Counts the batch, and moves the running statistics, but not in a recomputation. ``name`` is the layer's, in
-    messages. Arguments and errors: see `functional.sync_batch_norm`; ``num_features`` is compared with the input where
-    no tensor says how many there are.
+    Counts the batch, and moves the running statistics, but not in a recomputation. ``name`` is for messages,
+    ``num_features`` for a layer without any tensor. Other arguments and errors: see `functional.sync_batch_norm`.
     """
     per_channel_tensors = weight, bias, running.mean, running.var
     if torch.compiler.is_compiling():
@@ -59,7 +51,7 @@ def train_step(
 
 def _kind(*arguments: Tensor | float | None) -> object:
     """Return what the choice of kernels, and the checks, depend on; None while operators are observed."""
-    if num_dispatch_modes() or are_transforms_active() or jit_tracing_state() is not None:
+    if private.num_dispatch_modes() or private.are_transforms_active() or private.jit_tracing_state() is not None:
         return None
     kind: list[object] = []
     for a in arguments:
@@ -85,7 +77,8 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
         kernels, is_grad_enabled, eps, group, name, *buffers = rest
         running, summed, direction, keeps_sums = Running(*buffers), None, "forward", False
-        if not torch.compiler.is_compiling() and (running_backward() != -1 or top_saved_tensors_hooks(True)):
+        in_backward = not torch.compiler.is_compiling() and private.running_backward() != -1
+        if in_backward or (not torch.compiler.is_compiling() and private.top_saved_tensors_hooks(True)):
             if recompute.is_recomputing():  # the first pass has moved the statistics
                 running, direction = Running(), "forward again"
             summed = recompute.replay()
@@ -104,6 +97,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, statistics)
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.eps, ctx.group, ctx.name = kernels, eps, group, name
+        ctx.layout = x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -116,7 +110,10 @@ class _BatchNorm(torch.autograd.Function):
         dtypes = weight.dtype if needs_weight else None, ctx.bias_dtype if needs_bias else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(ctx, dy, x, weight, statistics, dtypes), *[None] * 9
-        kernels = reference if torch.compiler.is_compiling() else ctx.kernels
+        kernels = ctx.kernels
+        layout = x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
+        if torch.compiler.is_compiling() or layout != ctx.layout:  # which a hook or a conversion has changed since
+            kernels = reference
         packed, grad_weight, grad_bias = kernels.backward_reduce(dy, x, statistics, *dtypes)
         dx = None
         if needs_dx:
@@ -128,19 +125,14 @@ class _BatchNorm(torch.autograd.Function):
 def _refuse_one_value(count: Tensor) -> None:
     message = "Expected more than 1 value per channel when training, got 1 over all ranks of the process group"
     if torch.compiler.is_compiling():
-        assert_in_graph(count != 1, message)
+        private.assert_in_graph(count != 1, message)
     elif count.item() == 1:
         raise ValueError(f"{message}. Use a larger batch or eval mode.")
 
 
 def _differentiable_backward(
-    ctx: Any,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None],
-) -> _Gradients:
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor, dtypes: _Dtypes
+) -> tuple[Tensor | None, ...]:
     """Compute the gradients so that autograd can differentiate them again (``create_graph=True``).
 
     The moments are functions of the inputs of all ranks, so they are computed anew: one exchange of 2C numbers more,

@@ -9,9 +9,9 @@ be built, ``reference`` is reference.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +24,7 @@ _RENAMED = {"fused": "cpu"}  # former name of what is the same
 _MOST = 4096  # kinds of input that are kept
 
 
-class Kernels(Protocol):
-    """The four phases; `reference` says what each takes and computes."""
-
-    @property
-    def forward_reduce(self) -> Callable[..., Tensor]: ...
-    @property
-    def forward_apply(self) -> Callable[..., tuple[Tensor, Tensor]]: ...
-    @property
-    def backward_reduce(self) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]: ...
-    @property
-    def backward_apply(self) -> Callable[..., Tensor]: ...
+Kernels = Any  # forward_reduce, forward_apply, backward_reduce, backward_apply: see `reference`
 
 
 def _check(name: str) -> str:
@@ -51,11 +41,7 @@ _chosen = _check(os.environ.get("SYNCBN_KERNELS") or "auto")
 def use_kernels(name: str) -> Iterator[None]:
     """Choose the kernels of all layers inside the context, as ``SYNCBN_KERNELS`` does for the whole process.
 
-    Args:
-        name: "auto", "reference" or "cpu".
-
-    Raises:
-        ValueError: For any other name.
+    ``name`` is "auto", "reference" or "cpu"; a ValueError for any other.
     """
     global _chosen
     before, _chosen = _chosen, _check(name)
@@ -72,7 +58,7 @@ kernels_of: dict[object, Kernels] = {}  # chosen before, by the kind of input: s
 
 def choose(x: Tensor, *per_channel: Tensor | None) -> Kernels:
     """Choose the kernels for ``x`` and its weight, bias, running_mean and running_var."""
-    found: Kernels | None = None
+    found: Kernels = None
     if _chosen != "reference" and not torch.compiler.is_compiling() and not are_transforms_active():
         found = cpu.kernels_for(x, *per_channel, quietly=_chosen == "auto") or cuda.kernels_for(x)
     return reference if found is None else found

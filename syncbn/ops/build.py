@@ -4,24 +4,31 @@ import ctypes
 import hashlib
 import math
 import os
+import platform
+import re
 import shlex
+import shutil
+import signal
 import stat
+import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
-from . import compiler
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows: every process builds for itself
-    fcntl = None
+from filelock import FileLock
 
 _MEMORY = 24 * 3600  # seconds for which source that the compiler refused is not tried again
+TIMEOUT = 300  # seconds
+# What compilers and linkers print of the source; without it the machine was at fault: memory, disk, a signal.
+_OF_THE_SOURCE = re.compile(
+    r":\d+: error: |fatal error: [^\n]*no such file|undefined (reference|symbol)|symbol\(s\) not found", re.IGNORECASE
+)
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+
+
+class RefusedError(RuntimeError):
+    """The compiler's own error, which would come again."""
 
 
 def load(source: Path) -> ctypes.CDLL:
@@ -33,24 +40,18 @@ def load(source: Path) -> ctypes.CDLL:
     one builds, and the others wait for it. What the compiler refuses is not tried again for a day; a build that was
     interrupted, killed or took too long is tried again by the next process that starts.
 
-    Raises:
-        FileNotFoundError: If there is no compiler.
-        PermissionError: If others could have put a library into the cache.
-        RuntimeError: If the compiler fails, or refused the source within the last day.
-        OSError: If the library cannot be loaded.
-        TimeoutError: If the compiler takes longer than five minutes.
+    Raises: FileNotFoundError if there is no compiler; PermissionError if others could have put a library into the
+    cache; RuntimeError if the compiler fails, or refused the source within the last day; OSError if the library cannot
+    be loaded; TimeoutError if the compiler takes longer than five minutes.
     """
-    command = compiler.command()
+    command = _command()
     name, folder = _name(source, command), _cache()
     if folder is not None:
         library = folder / name
-        problem: OSError | None = None
-        for _ in range(2):  # a damaged one is built anew
-            found = _find_or_build(command, source, library, problem)
-            try:
+        for is_damaged in (False, True):  # a damaged one is built anew
+            found = _find_or_build(command, source, library, is_damaged)
+            with suppress(OSError):
                 return ctypes.CDLL(str(found))
-            except OSError as error:
-                problem = error
     with tempfile.TemporaryDirectory(prefix="syncbn-", ignore_cleanup_errors=True) as private:
         return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
 
@@ -58,28 +59,16 @@ def load(source: Path) -> ctypes.CDLL:
 def _name(source: Path, command: list[str]) -> str:
     """Name the library after what it depends on: the sources beside it, the command and the processor."""
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
-    depends_on = [*texts, *command, compiler.run([*compiler.find(), "--version"]), compiler.describe_processor()]
+    depends_on = [*texts, *command, run_compiler([*_find_compiler(), "--version"]), _describe_processor()]
     return f"{source.stem}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]}.so"
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder``, which the system gives back when a process dies."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _find_or_build(command: list[str], source: Path, library: Path, problem: OSError | None) -> Path:
-    """Return the library in the cache, after a build if it is not there, or if it is the one that had a problem."""
-    damaged = library.stat().st_ino if problem is not None and library.exists() else None
+def _find_or_build(command: list[str], source: Path, library: Path, is_damaged: bool) -> Path:
+    """Return the library in the cache, after a build if it is not there, or if it is damaged."""
+    damaged = library.stat().st_ino if is_damaged and library.exists() else None
     if damaged is not None or not library.exists():
         start = time.time()
-        with _alone(library.parent):
+        with FileLock(library.parent.with_suffix(".lock"), mode=0o600):  # the system lifts it when a process dies
             if damaged is not None and library.exists() and library.stat().st_ino == damaged:
                 library.unlink()
             if not library.exists():
@@ -98,12 +87,9 @@ def _build_once(command: list[str], source: Path, library: Path, start: float) -
         raise TimeoutError(timeout.read_text())
     try:
         _build(command, source, library)
-    except compiler.RefusedError as error:
-        refusal.write_text(str(error))
-        raise RuntimeError(f"{error} {forget}") from error
-    except TimeoutError as error:
-        timeout.write_text(str(error))
-        raise
+    except (RefusedError, TimeoutError) as error:
+        (timeout if isinstance(error, TimeoutError) else refusal).write_text(str(error))
+        raise error if isinstance(error, TimeoutError) else RuntimeError(f"{error} {forget}") from error
     for path in (refusal, timeout):
         path.unlink(missing_ok=True)
 
@@ -116,7 +102,7 @@ def _build(command: list[str], source: Path, library: Path) -> Path:
     handle, partial = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        compiler.run([*command, str(source), "-o", partial])
+        run_compiler([*command, str(source), "-o", partial])
         os.chmod(partial, 0o700)
         os.replace(partial, library)
     finally:
@@ -151,3 +137,53 @@ def _refuse_foreign(path: Path) -> None:
             f"expected {path} to be owned by user {os.geteuid()} and to be writable for nobody else, got owner "
             f"{status.st_uid} and mode {stat.filemode(status.st_mode)}; remove it"
         )
+
+
+def _command() -> list[str]:
+    """Return the command that compiles for this processor, without the source."""
+    tuning = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return [*_find_compiler(), *_FLAGS, tuning]
+
+
+def _find_compiler() -> list[str]:
+    """Return the command of the compiler: ``CXX``, else c++, g++ or clang++; FileNotFoundError if there is none."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise FileNotFoundError("expected a C++ compiler (c++, g++ or clang++) on PATH, or in CXX, found none")
+
+
+def run_compiler(arguments: list[str]) -> str:
+    """Run a compiler, and return what it prints; RefusedError if it refuses the source, see `load` for others."""
+    text, pipe = shlex.join(arguments), subprocess.PIPE
+    env = {**os.environ, "LC_ALL": "C"}  # in English
+    with subprocess.Popen(
+        arguments, stdout=pipe, stderr=pipe, text=True, errors="replace", env=env, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT)
+        except BaseException as error:
+            if hasattr(os, "killpg"):  # it works by processes of its own
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"expected `{text}` to end within {TIMEOUT} s; it was stopped") from None
+            raise
+    if process.returncode:
+        message = f"expected `{text}` to succeed, got exit code {process.returncode}: {errors.strip()[-1000:]}"
+        is_refused = process.returncode > 0 and _OF_THE_SOURCE.search(errors) is not None
+        raise (RefusedError if is_refused else RuntimeError)(message)
+    return output
+
+
+def _describe_processor() -> str:
+    """Describe the processor, for which the library is built: homes are shared between machines."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        first = []
+    facts = [row for row in first if row.startswith(("model", "flags", "CPU", "Feat"))]
+    return "\n".join([platform.machine(), *facts])

@@ -1,8 +1,7 @@
 """The four phases on the CPU in C++, each one pass over memory, with sums in float64: see `reference` for equations.
 
 `csrc/kernels.cpp` is built on first use, within seconds, and called with addresses, without torch's headers: one
-library serves all versions of torch. Against torch.compile of the reference this was measured: that takes 20 s for the
-first step, and a compilation for every kind of input.
+library serves all versions of torch. (torch.compile of the reference takes 20 s, measured, for every kind of input.)
 """
 
 import ctypes
@@ -21,6 +20,7 @@ from .layout import PLAIN, dense_view
 from .reference import Running
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in kernels.cpp
+_Dtype, _Maybe = torch.dtype | None, Tensor | None
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "forward_reduce": [_P, _I, _P, _P],
@@ -46,7 +46,7 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, layout: _Layout) -> None:
         self.layout, self.num_features, self.address = layout, layout.channels, ctypes.addressof(layout)
-        self.functions: tuple[Callable[..., int], ...] = tuple(getattr(library, name) for name in _ARGUMENTS)
+        self.functions: tuple[Callable[..., None], ...] = tuple(getattr(library, name) for name in _ARGUMENTS)
 
     def forward_reduce(self, x: Tensor, num_batches_tracked: Tensor | None = None) -> Tensor:
         if num_batches_tracked is not None:
@@ -56,7 +56,7 @@ class CpuKernels:
         return packed
 
     def forward_apply(
-        self, x: Tensor, summed: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float
+        self, x: Tensor, summed: Tensor, weight: _Maybe, bias: _Maybe, running: Running, eps: float
     ) -> tuple[Tensor, Tensor]:
         mean, var, num_batches_tracked, momentum = running
         if momentum is None:
@@ -68,51 +68,40 @@ class CpuKernels:
         return y, statistics
 
     def backward_reduce(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        statistics: Tensor,
-        weight_dtype: torch.dtype | None = None,
-        bias_dtype: torch.dtype | None = None,
+        self, dy: Tensor, x: Tensor, statistics: Tensor, weight_dtype: _Dtype, bias_dtype: _Dtype
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if (mine := _readable(dy, x)) is None:
             return reference.backward_reduce(dy, x, statistics, weight_dtype, bias_dtype)
-        packed = torch.empty(2 * self.num_features, dtype=torch.float64, device="cpu")
-        grad_weight = grad_bias = None
-        if weight_dtype is not None:
-            grad_weight = torch.empty(self.num_features, dtype=weight_dtype, device="cpu")
-        if bias_dtype is not None:
-            grad_bias = torch.empty(self.num_features, dtype=bias_dtype, device="cpu")
+        num, device = self.num_features, "cpu"
+        packed = torch.empty(2 * num, dtype=torch.float64, device=device)
+        grad_weight = None if weight_dtype is None else torch.empty(num, dtype=weight_dtype, device=device)
+        grad_bias = None if bias_dtype is None else torch.empty(num, dtype=bias_dtype, device=device)
         self._call(2, (), mine, x, statistics, packed, grad_weight, grad_bias)
         return packed, grad_weight, grad_bias
 
-    def backward_apply(
-        self, dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, summed: Tensor
-    ) -> Tensor:
+    def backward_apply(self, dy: Tensor, x: Tensor, statistics: Tensor, weight: _Maybe, summed: Tensor) -> Tensor:
         if (mine := _readable(dy, x)) is None:
             return reference.backward_apply(dy, x, statistics, weight, summed)
         dx = torch.empty_like(x)
         self._call(3, (), mine, x, statistics, weight, summed, dx)
         return dx
 
-    def _call(self, phase: int, numbers: tuple[Any, ...], *tensors: Tensor | None) -> None:
+    def _call(self, phase: int, numbers: tuple[Any, ...], *tensors: _Maybe) -> None:
         addresses: list[int | None] = []
         for t in tensors:
             addresses.append(None if t is None else t.data_ptr())
-        if self.functions[phase](self.address, torch.get_num_threads(), *numbers, *addresses):
-            raise RuntimeError(
-                "SyncBatchNorm: expected the weight and all other tensors of this step to be in memory, found one "
-                "whose storage was freed; keep it, or gather it again before (as FSDP does)."
-            )
+            if t is not None and not addresses[-1]:
+                raise RuntimeError(
+                    "SyncBatchNorm: expected the weight and all other tensors of this step to be in memory, found one "
+                    "whose storage was freed; keep it, or gather it again before (as FSDP does)."
+                )
+        self.functions[phase](self.address, torch.get_num_threads(), *numbers, *addresses)
 
 
 def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) -> CpuKernels | None:
-    """Return the kernels for inputs like ``x``; None for those, and for per-channel tensors, that they do not read.
+    """Return the kernels for ``x``, weight, bias, running_mean and running_var; None for those that they do not read.
 
-    Args:
-        x: ``(N, C, *)``.
-        *per_channel: weight, bias, running_mean and running_var, each ``(C,)`` or None.
-        quietly: Whether to say nothing where the library cannot be built; else one warning says why.
+    Unless ``quietly``, one warning says why the library cannot be built.
     """
     layout = _layout_of(x, *per_channel)
     if layout is None or not is_ready(quietly):
@@ -140,7 +129,7 @@ def _is_readable(t: Tensor) -> bool:
     return is_strided and t.dtype in _DTYPES and not t.is_neg()  # of negative views memory holds the opposite
 
 
-def _readable(dy: Tensor, x: Tensor) -> Tensor | None:
+def _readable(dy: Tensor, x: Tensor) -> _Maybe:
     """Return ``dy`` in the strides and dtype of ``x``.
 
     None while a dispatch mode, tracer or functorch transform is active, and for a subclass: they see operators only.
@@ -156,15 +145,14 @@ def _readable(dy: Tensor, x: Tensor) -> Tensor | None:
 def is_ready(quietly: bool = True) -> bool:
     """Whether the library is built and right; the first call builds or loads it, says why not unless ``quietly``."""
     global _is_decided, _problem
-    if not _is_decided:
-        with _lock:
-            if not _is_decided:
-                try:
-                    _problem = _load()
-                except Exception:  # a warning, where warnings are errors; but an interrupt decides nothing
-                    _is_decided = True
-                    raise
+    with _lock:
+        if not _is_decided:
+            try:
+                _problem = _load()
+            except Exception:  # a warning, where warnings are errors; but an interrupt decides nothing
                 _is_decided = True
+                raise
+            _is_decided = True
     if _problem and not quietly:
         message, _problem = _problem, ""
         warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -178,13 +166,11 @@ def _load() -> str:
         library = build.load(Path(__file__).with_name("csrc") / "kernels.cpp")
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int
+            function.argtypes, function.restype = arguments, None
     except Exception as error:  # of any kind: other kernels go on
-        return (
-            f"SYNCBN_KERNELS=cpu: expected to build or load the C++ kernels, got {type(error).__name__}: {error}. "
-            "This process goes on with slower kernels. Install a C++ compiler, or name it in CXX; or choose "
-            "SYNCBN_KERNELS=auto."
-        )
+        found = f"{type(error).__name__}: {error}. This process goes on with slower kernels."
+        todo = "Install a C++ compiler, or name it in CXX; or choose SYNCBN_KERNELS=auto."
+        return f"SYNCBN_KERNELS=cpu: expected to build or load the C++ kernels, got {found} {todo}"
     if selfcheck.passes(__name__, lambda *tensors: CpuKernels(library, _layout_of(*tensors)), torch.device("cpu")):
         _library = library
     return ""

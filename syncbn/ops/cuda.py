@@ -3,8 +3,10 @@
 For the statistics it is ``batch_norm_update_stats``, which gives the variance: from the ``1 / sqrt(var + eps)`` in
 float32 of ``batch_norm_stats``, one far below eps does not come back. Nothing waits for the device, no shape depends
 on values. This file has been run on CPU stand-ins for these operators only, so it is checked on its first use.
+`reference` says what each phase computes.
 """
 
+import sys
 from functools import lru_cache
 from types import ModuleType
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference, selfcheck
-from .layout import PLAIN, SUM_DTYPE, dense_view, has_memory_format, like
+from .layout import PLAIN, SUM_DTYPE, dense_view, like, memory_format
 from .reference import Running
 
 _DEVICE_TYPE = "cuda"  # tests put stand-ins on another
@@ -26,14 +28,15 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     """
     if x.device.type != _DEVICE_TYPE or type(x) not in PLAIN or x.numel() >= 2**31:
         return None
-    if dense_view(x.shape, x.stride()) is None or not has_memory_format(x):
+    if dense_view(x.shape, x.stride()) is None or not x.is_contiguous(memory_format=memory_format(x)):
         return None
+    this = sys.modules[__name__]
     if x.device not in _passed:
         if is_capturing():
             return None  # the check reads values back
         _passed[x.device] = False  # where warnings are errors, too
-        _passed[x.device] = selfcheck.passes(__name__, lambda x, *_: _this_module(), x.device)
-    return _this_module() if _passed[x.device] else None
+        _passed[x.device] = selfcheck.passes(__name__, lambda *_: this, x.device)
+    return this if _passed[x.device] else None
 
 
 def is_capturing() -> bool:
@@ -42,7 +45,6 @@ def is_capturing() -> bool:
 
 
 def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tensor:
-    """Compute ``[sum, sqsum, count]`` of this rank; see `reference.forward_reduce`."""
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     num_features, count = x.shape[1], x.numel() // x.shape[1]
@@ -56,25 +58,18 @@ def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tens
 def forward_apply(
     x: Tensor, summed: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute y and the batch statistics, move the running statistics; see `reference.forward_apply`."""
     statistics = reference.batch_statistics(summed, running, eps, is_empty=False)
-    if {p.dtype for p in (weight, bias) if p is not None} != {
-        x.dtype
-    }:  # the operator takes the dtype of x, or that of the sums, for both
-        weight, bias = _to(weight, SUM_DTYPE.get(x.dtype, x.dtype)), _to(bias, SUM_DTYPE.get(x.dtype, x.dtype))
-    mean, invstd = statistics[:-1].to(SUM_DTYPE.get(x.dtype, x.dtype)).chunk(2)
+    mean, invstd, dtype = _mean_invstd(statistics, x)
+    if {p.dtype for p in (weight, bias) if p is not None} != {x.dtype}:
+        # the operator takes the dtype of x, or that of the sums, for both
+        weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     return torch.batch_norm_elemt(x, weight, bias, mean, invstd, 0.0), statistics  # eps is in invstd
 
 
 def backward_reduce(
-    dy: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    weight_dtype: torch.dtype | None = None,
-    bias_dtype: torch.dtype | None = None,
+    dy: Tensor, x: Tensor, statistics: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute ``[sum_dy, sum_dy_xhat]`` and the parameters' gradients; see `reference.backward_reduce`."""
-    mean, invstd = statistics[:-1].to(SUM_DTYPE.get(x.dtype, x.dtype)).chunk(2)
+    mean, invstd, _ = _mean_invstd(statistics, x)
     # sum_dy_xhat is the gradient of a weight, of which only the dtype is read
     sum_dy, _, sum_dy_xhat, _ = torch.batch_norm_backward_reduce(
         like(dy, x), x, mean, invstd, invstd, input_g=True, weight_g=True, bias_g=False
@@ -85,30 +80,22 @@ def backward_reduce(
 
 
 def backward_apply(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, summed: Tensor) -> Tensor:
-    """Compute dx; see `reference.backward_apply`.
+    mean, invstd, dtype = _mean_invstd(statistics, x)
+    mean_dy, mean_dy_xmu = torch.div(summed, statistics[-1], out=summed.new_empty(len(summed), dtype=dtype)).chunk(2)
+    mean_dy_xmu.div_(invstd)
+    # the operator's own count is an int32, which more than 2**31 values per channel overflow: it gets 1, and means
+    _, one = _zero_one(x.device, torch.int32)
+    weight = None if weight is None else weight.to(dtype)
+    return torch.batch_norm_backward_elemt(like(dy, x), x, mean, invstd, weight, mean_dy, mean_dy_xmu, one)
 
-    The operator's own count is an int32, which more than 2**31 values per channel overflow: it gets 1, and means.
-    """
+
+def _mean_invstd(statistics: Tensor, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     dtype = SUM_DTYPE.get(x.dtype, x.dtype)
     mean, invstd = statistics[:-1].to(dtype).chunk(2)
-    means = torch.div(summed, statistics[-1], out=summed.new_empty(len(summed), dtype=dtype))
-    mean_dy, mean_dy_xmu = means.chunk(2)
-    mean_dy_xmu.div_(invstd)
-    _, one = _zero_one(x.device, torch.int32)
-    return torch.batch_norm_backward_elemt(like(dy, x), x, mean, invstd, _to(weight, dtype), mean_dy, mean_dy_xmu, one)
-
-
-def _to(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if parameter is None else parameter.to(dtype)
+    return mean, invstd, dtype
 
 
 @lru_cache(64)
 def _zero_one(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A float64 zero and a one of ``dtype``, ``(1,)``; nobody writes to them."""
     return torch.zeros(1, dtype=torch.float64, device=device), torch.ones(1, dtype=dtype, device=device)
-
-
-def _this_module() -> ModuleType:
-    from . import cuda
-
-    return cuda

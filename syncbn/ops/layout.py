@@ -12,10 +12,8 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @lru_cache(4096)
 def dense_view(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """See a dense tensor ``(N, C, *)`` as ``(outer, channels, inner)`` of contiguous memory.
-
-    Contiguous: ``(N, C, values per channel and sample)``; channels last: ``(values, C, 1)``; None for all else, and
-    for a tensor without values.
+    """See a dense tensor ``(N, C, *)`` as ``(outer, channels, inner)``: ``(N, C, L)``, or ``(N * L, C, 1)`` if its
+    channels come last; None for all else, and for a tensor without values.
     """
     count, rest = 1, range(2, len(shape))
     for size in (shape[0], *shape[2:]):
@@ -38,14 +36,8 @@ def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...], order: tuple[int,
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """Return the memory format of a dense tensor, as torch names it."""
-    last = _CHANNELS_LAST.get(x.dim())
-    is_last = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
-    return last if is_last and last is not None else torch.contiguous_format
-
-
-def has_memory_format(x: Tensor) -> bool:
-    """Whether ``x`` is contiguous, or channels last in torch's sense (4 or 5 dimensions)."""
-    return x.is_contiguous() or memory_format(x) is not torch.contiguous_format
+    last = _CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+    return last if not x.is_contiguous() and x.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def like(dy: Tensor, x: Tensor) -> Tensor:

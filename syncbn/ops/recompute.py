@@ -1,37 +1,23 @@
 """Recognize the second forward pass of activation checkpointing (torch.utils.checkpoint, both variants).
 
 The recomputation must not update running statistics again; the non-reentrant variant need not repeat the exchange
-either, since the checkpointed region can keep its first results. Both answers come from private parts of torch, each
-with a safe fall-back: without the first a recomputation counts as a forward pass, without the second it repeats the
-exchange.
+either, since the checkpointed region can keep its first results. (See private.py for a torch that lacks the names.)
 """
 
 import weakref
 from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..private import running_backward, top_saved_tensors_hooks
 
-
-@dataclass
-class _Tape:
-    """Sums of the layers called in one checkpointed region, in order; any number of recomputations read them."""
-
-    sums: list[Tensor] = field(default_factory=list)
-    position: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # by backward pass
-
-
-_tapes: weakref.WeakKeyDictionary[Any, _Tape] = weakref.WeakKeyDictionary()
+# By checkpoint: sums of the layers called in it, in order, and how many each backward pass has read.
+_tapes: weakref.WeakKeyDictionary[Any, tuple[list[Tensor], defaultdict[int, int]]] = weakref.WeakKeyDictionary()
 
 
 def is_recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass, and so repeats an earlier one.
-
-    A first forward pass that a backward hook starts looks the same, and updates no statistics either.
-    """
+    """Whether this forward pass runs inside a backward pass; so does a first one that a backward hook starts."""
     return bool(running_backward() != -1)
 
 
@@ -41,24 +27,22 @@ def replay() -> Tensor | None:
     tape = None if frame is None or is_first_pass else _tapes.get(frame)
     if tape is None:
         return None
-    backward_pass = int(running_backward())
-    position = tape.position[backward_pass]
-    tape.position[backward_pass] += 1
-    return tape.sums[position] if position < len(tape.sums) else None
+    (sums, num_read), backward_pass = tape, int(running_backward())
+    num_read[backward_pass] += 1
+    return sums[num_read[backward_pass] - 1] if num_read[backward_pass] <= len(sums) else None
 
 
 def record(summed: Tensor) -> None:
     """Keep ``summed`` for the recomputations, if this is the first pass of a non-reentrant checkpoint."""
     frame, is_first_pass = _checkpoint_frame()
     if frame is not None and is_first_pass:
-        _tapes.setdefault(frame, _Tape()).sums.append(summed)
+        _tapes.setdefault(frame, ([], defaultdict(int)))[0].append(summed)
 
 
 def _checkpoint_frame() -> tuple[Any, bool]:
     """Find the innermost non-reentrant checkpoint, and whether this is its first pass; (None, False) if there is none.
 
-    It stands in the closure of the hook that packs saved tensors: as ``frame`` in the first pass, as a weak reference
-    ``target_frame_ref`` in a recomputation.
+    It is in the closure of the hook that packs saved tensors: ``frame``, or ``target_frame_ref`` in a recomputation.
     """
     hooks = top_saved_tensors_hooks(True)
     pack: Any = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks else None

@@ -3,8 +3,7 @@
 ``x`` and ``dy`` have shape ``(N, C, *)``. The passes over ``x`` run in its own dtype, half types in float32
 (`layout.SUM_DTYPE`); per-channel arithmetic, shape ``(C,)``, and what travels between ranks is float64. Sums are taken
 of ``x - shift``, where ``shift`` is a mean as the passes round it: the difference of close numbers is exact, and what
-rounding left is added per channel in float64. So precision does not depend on how large the mean is. In the full types
-each phase allocates one tensor of the size of ``x``: memory that is not asked for anew is not paged in anew.
+rounding left is added per channel in float64, so that precision does not depend on how large the mean is.
 """
 
 from typing import NamedTuple
@@ -21,8 +20,7 @@ _WIDE = torch.float64
 class Running(NamedTuple):
     """The running statistics of a layer, ``(C,)`` or None, and how they move.
 
-    ``momentum`` is a number, a tensor of one element that is not read back to the host, or None for the average of all
-    batches, which ``num_batches_tracked``, ``()``, has counted.
+    A ``momentum`` of None is the average of all batches, which ``num_batches_tracked``, ``()``, has counted.
     """
 
     mean: Tensor | None = None
@@ -34,9 +32,8 @@ class Running(NamedTuple):
 def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tensor:
     """Compute ``packed = [sum, sqsum, count]`` of this rank's values per channel; count the batch.
 
-    The sums are taken around the mean of an eighth of the samples. That can be no further than ``sqrt(7) * std`` from
-    the mean of all of them, so at most three bits of the variance cancel. ``(2C + 1,)``, float64; zeros if ``x`` is
-    empty.
+    ``(2C + 1,)``, float64. The sums are taken around the mean of an eighth of the samples, which is no further than
+    ``sqrt(7) * std`` from the mean of all of them, so at most three bits of the variance cancel.
     """
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -58,17 +55,9 @@ def forward_apply(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``y = (x - mean) * invstd * weight + bias``, and move the running statistics if there are any.
 
-    Args:
-        x: ``(N, C, *)``.
-        summed: ``packed`` of all ranks added up.
-        weight: ``(C,)`` or None for 1.
-        bias: ``(C,)`` or None for 0.
-        running: Changed in place, see `batch_statistics`.
-        eps: Added to the variance under the root.
-
-    Returns:
-        y, in the dtype and memory format of ``x``; and the statistics ``[mean, invstd, count]`` of the whole batch,
-        ``(2C + 1,)``, float64.
+    ``summed`` is ``packed`` of `forward_reduce`, all ranks added up; ``weight`` and ``bias`` are ``(C,)`` or None for
+    1 and 0. Returns y, in the dtype and memory format of ``x``, and the statistics ``[mean, invstd, count]`` of the
+    whole batch, ``(2C + 1,)``, float64.
     """
     statistics = batch_statistics(summed, running, eps, is_empty=x.numel() == 0)
     mean, invstd = statistics[:-1].chunk(2)
@@ -86,15 +75,15 @@ def batch_statistics(summed: Tensor, running: Running, eps: float, is_empty: boo
 
     With n values per channel over all ranks, ``mean = sum / n``, ``var = sqsum / n - mean**2`` and ``invstd =
     rsqrt(var + eps)`` (Ioffe & Szegedy 2015, algorithm 1), in float64: cancellation costs at most
-    ``(mean/std)**2 * 2e-16`` of the variance. ``running.var`` moves towards ``var * n / (n - 1)``. With ``is_empty``
-    this rank has no values, so that n may be 0: then mean and variance are 0, never NaN, and nothing moves.
+    ``(mean/std)**2 * 2e-16`` of the variance. ``running.var`` moves towards ``var * n / (n - 1)``. ``is_empty``: this
+    rank has no values, so n may be 0; then mean and variance are 0, and nothing moves.
     """
     count, momentum = summed[-1], running.momentum
-    mean, var = moments(summed, is_empty)
+    mean, sqdev = moments(summed, is_empty)
     if running.mean is not None and running.var is not None:
         if momentum is None and running.num_batches_tracked is not None:
             momentum = 1.0 / running.num_batches_tracked.double()
-        for old, batch in ((running.mean, mean), (running.var, var * (count / (count - 1)))):
+        for old, batch in ((running.mean, mean), (running.var, sqdev / (count - 1))):
             step = batch - old  # float64: all ranks round alike, whatever back end each takes
             if is_empty:
                 step = torch.where(count > 0, step, 0)
@@ -102,28 +91,24 @@ def batch_statistics(summed: Tensor, running: Running, eps: float, is_empty: boo
                 old.add_(step * momentum)
             else:
                 old.add_(step, alpha=momentum or 0.0)
-    return torch.cat([mean, (var + eps).rsqrt_(), count.view(1)])
+    invstd = (sqdev / (count.clamp(min=1) if is_empty else count)).add_(eps).rsqrt_()
+    return torch.cat([mean, invstd, count.view(1)])
 
 
 def moments(summed: Tensor, is_empty: bool = True) -> tuple[Tensor, Tensor]:
-    """Compute mean and biased variance ``(C,)`` of ``[sum, sqsum, count]``, float64."""
-    divisor = summed[-1].clamp(min=1) if is_empty else summed[-1]
-    mean, sqmean = (summed[:-1] / divisor).chunk(2)
-    return mean, torch.addcmul(sqmean, mean, mean, value=-1).clamp_(min=0)
+    """Compute the mean and the sum of squared deviations from it, ``(C,)``, of ``[sum, sqsum, count]``."""
+    sum, sqsum = summed[:-1].chunk(2)
+    mean = sum / (summed[-1].clamp(min=1) if is_empty else summed[-1])
+    return mean, torch.addcmul(sqsum, sum, mean, value=-1).clamp_(min=0)
 
 
 def backward_reduce(
-    dy: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    weight_dtype: torch.dtype | None = None,
-    bias_dtype: torch.dtype | None = None,
+    dy: Tensor, x: Tensor, statistics: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute ``packed = [sum_dy, sum_dy_xhat]`` of this rank per channel, with ``xhat = (x - mean) * invstd``.
 
-    Returns:
-        ``packed``, ``(2C,)``, float64, zeros where ``x`` is empty; and the gradients of weight and bias, ``(C,)``, of
-        this rank, in the dtypes given; None for a dtype that is None.
+    Returns ``packed``, ``(2C,)``, float64, zeros where ``x`` is empty; and the gradients of weight and bias, ``(C,)``,
+    of this rank, in the dtypes given, None for None.
     """
     dims, dtype = [0, *range(2, x.dim())], SUM_DTYPE.get(x.dtype, x.dtype)
     mean, invstd = statistics[:-1].chunk(2)

@@ -11,12 +11,8 @@ from torch import Tensor
 from . import reference
 from .layout import SUM_DTYPE
 
-_TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 8e-2,
-}  # relative, absolute below 1
+# Relative, absolute below 1.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -25,12 +21,8 @@ def passes(name: str, kernels_for: Callable[..., Any], device: torch.device) -> 
     """Compare all phases with the reference in float64, on small inputs of all dtypes and two memory formats.
 
     Channel 0 is constant, the mean of channel 1 is far from 0. No random number is drawn. Values are read back to the
-    host. Where the kernels differ or raise, one RuntimeWarning says what was found.
-
-    Args:
-        name: Of the kernels, for the warning.
-        kernels_for: Returns the kernels for an input, weight, bias, running_mean and running_var.
-        device: Where they run.
+    host. Where the kernels differ or raise, one RuntimeWarning says what was found, by ``name``. ``kernels_for``
+    returns them for an input, weight, bias, running_mean and running_var.
     """
     try:
         cases = [(dtype, memory_format) for dtype in _TOLERANCE for memory_format in _FORMATS]
@@ -59,12 +51,9 @@ def _worst(
     x[:, 1] += 50
     x, dy = (t.to(dtype, memory_format=memory_format) for t in (x, dy))
     channel = steps[:20].view(4, 5) / 10  # weight, bias, running_mean, running_var
-    truth = _results(reference, x.double(), dy.double(), *channel.clone())
-    mine = channel.to(SUM_DTYPE.get(x.dtype, x.dtype))
-    kernels = kernels_for(x, *mine)
-    if kernels is None:
-        raise RuntimeError(f"no kernels for {dtype}, {memory_format}")
-    ours = _results(kernels, x, dy, *mine)
+    mine = channel.to(SUM_DTYPE.get(dtype, dtype))
+    truth, given = _results(reference, x.double(), dy.double(), channel, ())
+    ours, _ = _results(kernels_for(x, *mine), x, dy, mine, given)
     worst = 0.0, ""
     for phase, true in truth.items():
         ratio = (ours[phase] - true).abs() / (_TOLERANCE[dtype] * (1 + true.abs()))
@@ -73,16 +62,20 @@ def _worst(
 
 
 def _results(
-    kernels: Any, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
-) -> dict[str, Tensor]:
+    kernels: Any, x: Tensor, dy: Tensor, channel: Tensor, given: tuple[Tensor, ...]
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """Run the phases; each gets the true results of those before, if they are ``given``."""
+    weight, bias, mean, var = channel.clone()
     packed = kernels.forward_reduce(x)
-    y, statistics = kernels.forward_apply(x, packed, weight, bias, reference.Running(mean, var, None, 0.3), 0.01)
-    sums, grad_weight, grad_bias = kernels.backward_reduce(dy, x, statistics, weight.dtype, bias.dtype)
-    dx = kernels.backward_apply(dy, x, statistics, weight, sums)
+    running, summed = reference.Running(mean, var, None, 0.3), given[0] if given else packed
+    y, statistics = kernels.forward_apply(x, summed, weight, bias, running, 0.01)
+    known = given[1] if given else statistics
+    sums, grad_weight, grad_bias = kernels.backward_reduce(dy, x, known, weight.dtype, bias.dtype)
+    dx = kernels.backward_apply(dy, x, known, weight, given[2] if given else sums)
     results = {
         "forward_reduce": torch.cat([*reference.moments(packed), packed[-1:]]),
         "forward_apply": torch.cat([t.double().flatten() for t in (y, mean, var, statistics)]),
         "backward_reduce": torch.cat([sums, grad_weight.double(), grad_bias.double()]),
         "backward_apply": dx.double(),
     }
-    return {phase: result.clone() for phase, result in results.items()}
+    return results, (packed, statistics, sums)

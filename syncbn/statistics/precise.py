@@ -75,9 +75,9 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
     if num_batches_of_all == 0:
         raise ValueError("update_bn_stats: expected at least one batch on one of the ranks, got none on any.")
     for layer, total in zip(layers.values(), totals, strict=True):
-        count, (mean, var) = total[-1], moments(total)
+        count, (mean, sqdev) = total[-1], moments(total)
         if count > 0:
-            _write(layer, mean, var * count / (count - 1).clamp(min=1))
+            _write(layer, mean, sqdev / (count - 1).clamp(min=1))
     return model
 
 

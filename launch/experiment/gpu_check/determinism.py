@@ -36,7 +36,7 @@ def measure(device: str) -> Outcome:
 
 def _repeat(shape: Sequence[int], dtype: torch.dtype, form: str, device: str, failures: list[str]) -> Row:
     layer, x, dy = _make(shape, dtype, form, device, seed=0)
-    kernels = refuse_reference(x.detach(), failures)
+    kernels = refuse_reference(layer, x.detach(), failures)
     first = _all_results(layer, x, dy)
     different = torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(_NUM_RUNS - 1):

@@ -53,7 +53,7 @@ def _compare(dtype: torch.dtype, form: str, failures: list[str]) -> list[str]:
     layer = make_layer("syncbn", _SHAPE[1], "cuda", full(dtype))
     eager = copy.deepcopy(layer)
     x, dy = (draw(_SHAPE, dtype, "cuda", form, seed=i) for i in range(2))
-    refuse_reference(x, failures)
+    refuse_reference(layer, x, failures)
     graph, captured = _capture(layer, x.requires_grad_(), dy)
     layer.load_state_dict(eager.state_dict())  # in place: the warm-up has moved the statistics
     different = set()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.compat import destroy_process_group
+from syncbn.distributed import exchange
 from syncbn.distributed.groups import GroupSpec
 
 FAKE_WORLD_SIZE = 8
@@ -43,7 +44,7 @@ def fake_group() -> Iterator[None]:
 
 
 def _resolve(spec: GroupSpec) -> Any:
-    """Find the world, however small: torch.compile traces this as it does the method that it replaces."""
+    """Find the world, even if it is one rank: torch.compile traces this as it does the method that it replaces."""
     return dist.group.WORLD
 
 
@@ -63,9 +64,37 @@ def group_of_one(device: str) -> Iterator[None]:
         )
         try:
             with mock.patch.object(GroupSpec, "resolve", _resolve):
+                if exchange.group_of(GroupSpec(None), "this check") is None:
+                    raise AssertionError("expected layers to exchange over the group of one, they would not")
                 yield
         finally:
             if device == "cuda":
                 with suppress(RuntimeError):  # of a part that failed: its own error says more
                     torch.cuda.synchronize()  # nothing is under way when the group goes
             destroy_process_group()
+
+
+class _Recorder:
+    """Notes the direction of every exchange."""
+
+    hint = ""
+
+    def __init__(self) -> None:
+        self.directions: list[str] = []
+
+    def before_exchange(self, group: Any, num_numbers: int, name: str, direction: str, facts: Any) -> None:
+        self.directions.append(direction)
+
+    def note_eval(self, name: str) -> None:
+        pass
+
+
+@contextmanager
+def record_exchanges() -> Iterator[list[str]]:
+    """Give the directions of the exchanges that eager layers make inside, in their order: "forward", "backward"."""
+    recorder = _Recorder()
+    before = exchange.observe(recorder)
+    try:
+        yield recorder.directions
+    finally:
+        exchange.observe(before)

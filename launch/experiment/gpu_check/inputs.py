@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn import kernels
+from syncbn.ops import backends
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -68,15 +69,17 @@ def error_of(found: Tensor, truth: Tensor, scale: float | None = None) -> float:
     return float(difference.nan_to_num(float("inf"), float("inf")).max()) / max(scale, 1e-30)
 
 
-def back_end(x: Tensor) -> str:
-    """Return the name of the kernels that serve inputs like ``x`` here; starts their self-check."""
-    name: str = kernels.choose(x).__name__  # type: ignore[attr-defined]
-    return name.rpartition(".")[2]
+def back_end(layer: nn.Module, x: Tensor) -> str:
+    """Return the name of the kernels that serve ``layer`` on inputs like ``x`` here; starts their self-check."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    kernels = backends.choose(x, *(getattr(layer, name) for name in names))
+    module = kernels.__name__ if isinstance(kernels, ModuleType) else type(kernels).__module__
+    return module.rpartition(".")[2]
 
 
-def refuse_reference(x: Tensor, failures: list[str]) -> str:
+def refuse_reference(layer: nn.Module, x: Tensor, failures: list[str]) -> str:
     """Return `back_end`; that a GPU is left to the reference kernels is a failure."""
-    name = back_end(x)
+    name = back_end(layer, x)
     if x.is_cuda and name == "reference":
         failures.append(f"{name_of(x.dtype)}: the layer runs on the reference kernels, not on those for CUDA")
     return name

@@ -64,7 +64,7 @@ def _count(kind: str, dtype: torch.dtype, form: str, device: str, failures: list
     x, dy = (draw(_SHAPE, dtype, device, form, seed=i) for i in range(2))
     x.requires_grad_()
     if kind == "syncbn":
-        refuse_reference(x.detach(), failures)
+        refuse_reference(layer, x.detach(), failures)
     for _ in range(3):  # checks and caches of the first calls
         run_layer(layer, x, dy)
     count = _launched if device == "cuda" else _operators

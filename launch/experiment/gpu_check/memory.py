@@ -47,7 +47,7 @@ def _measure(kind: str, dtype: torch.dtype, form: str, device: str, failures: li
     x, dy = (draw(shape, dtype, device, form, seed=i) for i in range(2))
     x.requires_grad_()
     if kind == "syncbn":
-        refuse_reference(x.detach(), failures)
+        refuse_reference(layer, x.detach(), failures)
     run_layer(layer, x, dy)  # checks and caches of the first call
     beyond = saved_bytes(lambda: layer(x), [*layer.parameters(), x]) / shape[1]
     label = f"{kind}, {name_of(dtype)}, {form}"

@@ -64,9 +64,9 @@ def make_cases(dtype: torch.dtype, device: str, dense: bool) -> list[Case]:
         x, dy = (_lay_out(t.to(device, dtype), layout) for t in (x, dy))
         for kind, of, momentum in kinds:
             weight, bias = (None if of is None else _per_channel(shape[1], seed, device, of) for seed in (1, 2))
-            running = [_per_channel(shape[1], seed, device, full(dtype)) for seed in (3, 4)]
+            mean_before, var_before = (_per_channel(shape[1], seed, device, full(dtype)) for seed in (3, 4))
             label = f"{'x'.join(map(str, shape))}, mean {mean:g}, {kind.replace('torch.', '')}"
-            cases.append(Case(layout, label, x, dy, weight, bias, *running, momentum, dense))
+            cases.append(Case(layout, label, x, dy, weight, bias, mean_before, var_before, momentum, dense))
     return cases
 
 

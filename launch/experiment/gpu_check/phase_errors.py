@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from syncbn.ops.backends import Kernels
+from syncbn.ops.reference import Running
 
 from . import truth
 from .inputs import TOLERANCE, error_of, full
@@ -29,11 +29,12 @@ class Deviation(NamedTuple):
     problem: str = ""
 
 
+KernelsFor = Callable[..., Any]  # finds the kernels for x, weight, bias, running_mean and running_var, or None
 _Result = tuple[str, float | str, float]  # what, its error or what is wrong with it, tolerance
 
 
 @torch.no_grad()
-def deviations(kernels_for: Callable[..., Kernels | None], case: Case) -> Iterator[Deviation]:
+def deviations(kernels_for: KernelsFor, case: Case) -> Iterator[Deviation]:
     """Compare the four phases of one back end; each gets the true results of those before it."""
     kernels = kernels_for(case.x, case.weight, case.bias, case.running_mean, case.running_var)
     moments = truth.moments(case.x)
@@ -53,7 +54,7 @@ def deviations(kernels_for: Callable[..., Kernels | None], case: Case) -> Iterat
                 yield Deviation(phase, what, found, tolerance)
 
 
-def _forward_reduce(kernels: Kernels, case: Case, moments: truth.Moments) -> Iterator[_Result]:
+def _forward_reduce(kernels: Any, case: Case, moments: truth.Moments) -> Iterator[_Result]:
     num_batches = torch.tensor(NUM_BATCHES - 1, device=case.x.device)
     packed = kernels.forward_reduce(case.x, num_batches)
     # the passes over x are in float32 or better, whatever the input
@@ -62,23 +63,21 @@ def _forward_reduce(kernels: Kernels, case: Case, moments: truth.Moments) -> Ite
     yield "num_batches_tracked", 0.0 if found == NUM_BATCHES else f"expected {NUM_BATCHES}, got {found}", 1.0
 
 
-def _forward_apply(kernels: Kernels, case: Case, moments: truth.Moments) -> Iterator[_Result]:
+def _forward_apply(kernels: Any, case: Case, moments: truth.Moments) -> Iterator[_Result]:
     x, device = case.x, case.x.device
-    running = case.running_mean.clone(), case.running_var.clone()
-    num_batches = torch.tensor(NUM_BATCHES, device=device)
-    y, statistics = kernels.forward_apply(
-        x, moments.sums().to(device), case.weight, case.bias, *running, num_batches, case.momentum, _EPS
-    )
+    moving = case.running_mean.clone(), case.running_var.clone()
+    running = Running(*moving, torch.tensor(NUM_BATCHES, device=device), case.momentum)
+    y, statistics = kernels.forward_apply(x, moments.sums().to(device), case.weight, case.bias, running, _EPS)
     true = moments.statistics(_EPS)
     yield "y", _map_error(y, truth.normalized(x, true, case.weight, case.bias), case, 0.0), TOLERANCE[x.dtype]
     yield "statistics", _statistics_error(statistics, true), TOLERANCE[torch.float64]  # whatever the input
     momentum = 1 / NUM_BATCHES if case.momentum is None else MOMENTUM
     moved = moments.moved(case.running_mean, case.running_var, momentum)
-    for name, mine, other in zip(("running_mean", "running_var"), running, moved, strict=True):
+    for name, mine, other in zip(("running_mean", "running_var"), moving, moved, strict=True):
         yield name, error_of(mine, other), TOLERANCE[mine.dtype]
 
 
-def _backward_reduce(kernels: Kernels, case: Case, moments: truth.Moments) -> Iterator[_Result]:
+def _backward_reduce(kernels: Any, case: Case, moments: truth.Moments) -> Iterator[_Result]:
     x, dy, statistics = case.x, case.dy, moments.statistics(_EPS)
     dtypes = [None if t is None else t.dtype for t in (case.weight, case.bias)]
     packed, *gradients = kernels.backward_reduce(dy, x, statistics.to(x.device), *dtypes)
@@ -95,18 +94,18 @@ def _backward_reduce(kernels: Kernels, case: Case, moments: truth.Moments) -> It
             yield name, _per_channel_error(found, true, dtype, scale), max(tolerance, TOLERANCE[dtype])
 
 
-def _backward_apply(kernels: Kernels, case: Case, moments: truth.Moments) -> Iterator[_Result]:
+def _backward_apply(kernels: Any, case: Case, moments: truth.Moments) -> Iterator[_Result]:
     x, dy, sums = case.x, case.dy, truth.gradient_sums(case.dy, case.x, moments.statistics(_EPS))
     # as if another rank had as many values, whose sums are not small beside these
-    total = sums + moments.count * torch.linspace(0.5, 1.5, len(sums)).double()
+    total = sums + moments.num * torch.linspace(0.5, 1.5, len(sums)).double()
     statistics = moments.statistics(_EPS)
-    statistics[-1] = max(2 * moments.count, 1)
+    statistics[-1] = max(2 * moments.num, 1)
     dx = kernels.backward_apply(dy, x, statistics.to(x.device), case.weight, total.to(x.device))
     true = truth.input_gradient(dy, x, statistics, case.weight, total)
     yield "dx", _map_error(dx, true, case, truth.norm(dy)), TOLERANCE[x.dtype]
 
 
-_COMPARISONS: dict[str, Callable[[Kernels, Case, truth.Moments], Iterator[_Result]]] = dict(
+_COMPARISONS: dict[str, Callable[[Any, Case, truth.Moments], Iterator[_Result]]] = dict(
     zip(PHASES, (_forward_reduce, _forward_apply, _backward_reduce, _backward_apply), strict=True)
 )
 

@@ -7,19 +7,17 @@ that the report says which phase is wrong and by how much, and the failed self-c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from types import ModuleType
 from unittest import mock
 
 import torch
 
 from syncbn.ops import cpu, cuda, reference, selfcheck
-from syncbn.ops.backends import Kernels
 
 from .inputs import DTYPES, name_of
 from .outcome import Outcome, Row, Table
 from .phase_cases import Case, make_cases
-from .phase_errors import PHASES, deviations
+from .phase_errors import PHASES, KernelsFor, deviations
 
 BACK_ENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "cuda")}
 _MODULES: dict[str, ModuleType] = {"reference": reference, "cuda": cuda}
@@ -60,23 +58,20 @@ def _open(name: str) -> str | None:
     return None if is_ready else cpu._problem or "it is not in this process"
 
 
-def _kernels_for(name: str) -> Callable[..., Kernels | None]:
-    """Return what finds the kernels for x, weight, bias, running_mean and running_var."""
+def _kernels_for(name: str) -> KernelsFor:
     if name == "cpu":
         return cpu.kernels_for
     return lambda *_: _MODULES[name]
 
 
-def _self_check(name: str, kernels_for: Callable[..., Kernels | None], device: str) -> list[str]:
+def _self_check(name: str, kernels_for: KernelsFor, device: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         passed = selfcheck.passes(name, kernels_for, torch.device(device))
     return [] if passed else [f"{name}: the self-check failed: {'; '.join(str(w.message) for w in caught)}"]
 
 
-def _compare(
-    name: str, kernels_for: Callable[..., Kernels | None], cases: list[Case], dtype: torch.dtype
-) -> tuple[Row, list[str]]:
+def _compare(name: str, kernels_for: KernelsFor, cases: list[Case], dtype: torch.dtype) -> tuple[Row, list[str]]:
     """Return a row of the worst errors, in tolerances, and a line for each phase and layout that deviates."""
     worst = dict.fromkeys(PHASES, 0.0)
     found: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}  # by input: its worst error, in tolerances

@@ -12,26 +12,26 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Mean and biased variance per channel, ``(C,)``, of ``count`` values each; 0 without values."""
+    """Mean and biased variance per channel, ``(C,)``, of ``num`` values each; 0 without values."""
 
     mean: Tensor
     var: Tensor
-    count: int
+    num: int
 
     def sums(self) -> Tensor:
         """Return ``[sum, sqsum, count]``, ``(2C + 1,)``."""
-        return torch.cat([self.mean, self.var + self.mean.square(), torch.ones(1).double()]) * self.count
+        return torch.cat([self.mean, self.var + self.mean.square(), torch.ones(1).double()]) * self.num
 
     def statistics(self, eps: float) -> Tensor:
         """Return ``[mean, invstd, count]``, ``(2C + 1,)``."""
-        return torch.cat([self.mean, torch.rsqrt(self.var + eps), torch.full((1,), self.count).double()])
+        return torch.cat([self.mean, torch.rsqrt(self.var + eps), torch.full((1,), self.num).double()])
 
     def moved(self, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
         """Return the running statistics after this batch, the same as before where it has no values."""
         mean, var = (t.detach().cpu().double() for t in (running_mean, running_var))
-        if not self.count:
+        if not self.num:
             return mean, var
-        unbiased = self.var * self.count / (self.count - 1)
+        unbiased = self.var * self.num / (self.num - 1)
         return mean + momentum * (self.mean - mean), var + momentum * (unbiased - var)
 
 
@@ -43,11 +43,11 @@ def per_channel(x: Tensor) -> Tensor:
 def moments(x: Tensor) -> Moments:
     """Compute mean and biased variance per channel, by two passes."""
     values = per_channel(x)
-    count = values.shape[1]
-    if not count:
+    num = values.shape[1]
+    if not num:
         return Moments(torch.zeros(len(values)).double(), torch.zeros(len(values)).double(), 0)
     mean = values.mean(1)
-    return Moments(mean, (values - mean[:, None]).square().mean(1), count)
+    return Moments(mean, (values - mean[:, None]).square().mean(1), num)
 
 
 def normalized(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

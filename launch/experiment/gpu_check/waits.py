@@ -56,7 +56,7 @@ def measure(device: str) -> Outcome:
 
 def _ours(group: str, dtype: torch.dtype, form: str, options: dict[str, Any], device: str, failures: list[str]) -> Row:
     layer, x, dy = _make("syncbn", dtype, form, device, options)
-    kernels = refuse_reference(x.detach(), failures) if device == "cuda" else "reference"
+    kernels = refuse_reference(layer, x.detach(), failures) if device == "cuda" else "reference"
     places = _places(layer, x, dy) if device == "cuda" else _reads(layer, x, dy)
     row = {"layer": "syncbn", "group": group, "dtype": name_of(dtype), "format": form, "options": str(options or "")}
     label = f"group {group}, {row['dtype']}, {form} {row['options']}".strip()

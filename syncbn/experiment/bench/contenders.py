@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from torch import nn
 
 import syncbn
 from syncbn.experiment.bench import peers
+from syncbn.ops import backends
 
 
 class Contender(NamedTuple):
@@ -22,16 +24,30 @@ class Contender(NamedTuple):
 CONTENDERS = {
     "plain": Contender("nn.BatchNorm", lambda model: model),
     "bare": Contender("nn.BatchNorm + bare all_reduces", lambda model: peers.replace(model, peers.BareBatchNorm)),
-    "native": Contender("SyncBatchNorm, native kernels", syncbn.convert, "native"),
+    "cpu": Contender("SyncBatchNorm, C++ kernels", syncbn.convert, "cpu"),
     "reference": Contender("SyncBatchNorm, reference kernels", syncbn.convert, "reference"),
-    "fused": Contender("SyncBatchNorm, fused kernels", syncbn.convert, "fused"),
-    "coalesced": Contender("SyncBatchNorm, coalesced", lambda model: syncbn.coalesce(syncbn.convert(model))),
     "composed": Contender(
         "composed of autograd operators", lambda model: peers.replace(model, peers.ComposedBatchNorm)
     ),
     "gather": Contender("gather-based, reference kernels", lambda model: peers.replace(model, peers.GatherBatchNorm)),
     "floor": Contender("streaming floor", lambda model: peers.replace(model, peers.Floor)),
 }
+
+
+_kept: dict[str, dict[object, Any]] = {}  # by name of kernels: what `backends.kernels_of` held
+
+
+@contextmanager
+def kernels_of(contender: str) -> Iterator[None]:
+    """Run with the kernels of a contender.
+
+    Which of them serve which input is decided once, and kept from one call to the next, as in a training.
+    """
+    name = CONTENDERS[contender].kernels
+    with syncbn.use_kernels(name):
+        backends.kernels_of.update(_kept.get(name, {}))
+        yield
+        _kept[name] = dict(backends.kernels_of)
 
 
 def check(names: Sequence[str]) -> None:

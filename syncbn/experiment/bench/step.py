@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
 
-from syncbn import use_kernels
 from syncbn.experiment.bench import ranks, timing
-from syncbn.experiment.bench.contenders import CONTENDERS
+from syncbn.experiment.bench.contenders import CONTENDERS, kernels_of
 from syncbn.experiment.bench.tables import Table, spread
 from syncbn.experiment.make import make
 
@@ -46,7 +45,7 @@ def _on_rank(config: DictConfig) -> tuple[timing.Times, dict[str, int]]:
     part, graph_breaks = config.step, {}
     names = [*part.contenders]
     if part.compile:
-        names += [f"{name}{_COMPILED}" for name in part.contenders if name in ("plain", "native")]
+        names += [f"{name}{_COMPILED}" for name in part.contenders if name in ("plain", "reference")]
     steps = {name: _make(config, name) for name in names}
     for name in names:
         if name.endswith(_COMPILED):
@@ -58,7 +57,7 @@ def _on_rank(config: DictConfig) -> tuple[timing.Times, dict[str, int]]:
 @contextmanager
 def _together(name: str) -> Iterator[None]:
     """Choose the kernels, then wait for the other ranks."""
-    with use_kernels(CONTENDERS[name.removesuffix(_COMPILED)].kernels):
+    with kernels_of(name.removesuffix(_COMPILED)):
         dist.barrier()
         yield
 
