@@ -6,10 +6,10 @@ from torch import Tensor
 
 from .distributed.exchange import group_of
 from .distributed.groups import GroupSpec, ProcessGroupLike
-from .ops import recompute
 from .ops.autograd import train_step
 from .ops.checks import check_input
 from .ops.reference import Running
+from .private import running_backward
 
 
 def sync_batch_norm(
@@ -44,8 +44,7 @@ def sync_batch_norm(
         eps: Added to the variance under the root.
         process_group: None for all ranks, a number of consecutive ranks, "node", a ProcessGroup or a DeviceMesh.
 
-    Returns:
-        A tensor of the shape, dtype and memory format of ``input``.
+    Returns a tensor of the shape, dtype and memory format of ``input``.
 
     Raises:
         ValueError: If ``input`` has another shape or dtype than stated (half types go with float32 parameters too),
@@ -65,8 +64,8 @@ def sync_batch_norm(
 def one_process(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float) -> Tensor:
     """Do a training step where there is nothing to exchange, by ``F.batch_norm``; nothing is read back to the host."""
     running_mean, running_var, num_batches_tracked, momentum = running
-    if not torch.compiler.is_compiling() and recompute.is_recomputing():
-        momentum = 0.0  # the first pass has moved them
+    if not torch.compiler.is_compiling() and running_backward() != -1:
+        momentum = 0.0  # a recomputation: the first pass has moved them
     elif num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:

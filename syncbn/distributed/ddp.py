@@ -38,12 +38,9 @@ def keep_from_copies(ddp: Any, is_subgroup_layer: Callable[[nn.Module], bool]) -
     try:
         ignored, assign = ddp.parameters_to_ignore, ddp._assign_modules_buffers
     except AttributeError as error:
-        warnings.warn(
-            f"this torch does not let SyncBatchNorm keep the statistics of subgroups from DDP's copies ({error}); "
-            "expected DistributedDataParallel(..., forward_sync_buffers=False)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        found = f"this torch does not let SyncBatchNorm keep the statistics of subgroups from DDP's copies ({error})"
+        todo = "expected DistributedDataParallel(..., forward_sync_buffers=False)"
+        warnings.warn(f"{found}; {todo}", RuntimeWarning, stacklevel=2)
         return
     for name, layer in ddp.module.named_modules(remove_duplicate=False):
         if is_subgroup_layer(layer):

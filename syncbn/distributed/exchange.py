@@ -16,8 +16,7 @@ Facts = tuple[Any, ...]  # for the observer: the input, whether it needs a gradi
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
 
-# What is told of every exchange before it begins, and may raise: the order check of `syncbn.debug`. It has a `hint`,
-# which ends the message of an exchange that failed, and the methods `before_exchange` and `note_eval`.
+# Is told of every exchange before it begins, and may raise: the order check of `syncbn.debug`, which see.
 _observer: Any = None
 _HINT = "Where the others were, SYNCBN_CHECK_ORDER=1 shows in the next run (see syncbn.debug)."
 

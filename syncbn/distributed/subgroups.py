@@ -26,8 +26,7 @@ _made_in: list[ProcessGroup] = []  # the world that _made belongs to
 def make_groups(specs: Iterable[Any]) -> None:
     """Make the groups of ``specs`` now, if torch.distributed is initialized: then a collective of the world.
 
-    Whether it communicates depends on ``specs`` alone, which all ranks share, not on what else a rank has declared.
-    Raises ValueError if an int does not divide the world size.
+    Whether it communicates depends on ``specs`` alone, which all ranks share. ValueError: see `check_size`.
     """
     values = {spec.value for spec in specs if isinstance(spec.value, (int, str))}
     if not (values and dist.is_available() and dist.is_initialized()):
@@ -71,10 +70,7 @@ def _make_groups() -> None:
 
 
 def _gather_json(mine: Any) -> list[Any]:
-    """Gather a JSON value of every rank of the world, in order: two collectives, of sizes and of texts.
-
-    Not all_gather_object, which unpickles, and so runs, what other ranks send.
-    """
+    """Gather a JSON value of every rank, by two collectives; all_gather_object would unpickle, and so run it."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     text = torch.tensor(list(json.dumps(mine).encode()), dtype=torch.uint8, device=device)
     sizes = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)

@@ -34,10 +34,7 @@ class SyncBatchNorm(BatchNorm):
             ProcessGroup, or a DeviceMesh of one dimension.
         bias: Whether an affine layer has a ``bias``.
 
-    Raises:
-        ValueError: For an unusable ``process_group``; in forward, see `functional.sync_batch_norm`.
-
-    Sources: Ioffe & Szegedy 2015, algorithm 1; Peng et al. 2018 (MegDet), section 3.3.
+    Raises and sources: see `functional.sync_batch_norm`; a ValueError for an unusable ``process_group``.
 
     Example:
         >>> import torch, syncbn
@@ -112,7 +109,7 @@ class SyncBatchNorm(BatchNorm):
         elif not torch.compiler.is_compiling():
             self.__dict__["_last_dims"] = input.dim()  # Module's own way takes longer
 
-    def _enter_ddp(self, module: nn.Module) -> None:
+    def _enter_ddp(self, module: Any) -> None:
         """Take part in the forward pass of a DDP module; see `ddp`."""
         ddp.refuse_join(module)
         if self.group_spec.is_subgroup:
@@ -131,7 +128,7 @@ class SyncBatchNorm(BatchNorm):
         """Give up what this class keeps on a layer, for what was there before `_adopt`; return the last dimensions."""
         state = {name: self.__dict__.pop(name, None) for name in _STATE}
         self.__dict__.update(before)
-        return state["_last_dims"]
+        return state["_last_dims"]  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments, the process group only where it is not the world."""

@@ -79,7 +79,7 @@ class _BatchNorm(torch.autograd.Function):
         running, summed, direction, keeps_sums = Running(*buffers), None, "forward", False
         in_backward = not torch.compiler.is_compiling() and private.running_backward() != -1
         if in_backward or (not torch.compiler.is_compiling() and private.top_saved_tensors_hooks(True)):
-            if recompute.is_recomputing():  # the first pass has moved the statistics
+            if in_backward:  # a recomputation: the first pass has moved the statistics
                 running, direction = Running(), "forward again"
             summed = recompute.replay()
             keeps_sums = summed is None
@@ -99,7 +99,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.kernels, ctx.eps, ctx.group, ctx.name = kernels, eps, group, name
         ctx.layout = x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -148,8 +148,8 @@ def _differentiable_backward(
     mean, sqmean = (all_reduce(packed, ctx.group, ctx.name, direction, (x,)) / count).chunk(2)
     invstd = torch.rsqrt(sqmean - mean.square() + ctx.eps)
     xhat = (xmu - per_channel(mean, x)) * per_channel(invstd, x)
-    sum_dy, sum_dy_xhat = dy.sum(dims), (dy * xhat).sum(dims)
-    packed = torch.cat([sum_dy, sum_dy_xhat])
+    packed = torch.cat([dy.sum(dims), (dy * xhat).sum(dims)])
+    sum_dy, sum_dy_xhat = packed.chunk(2)
     mean_dy, mean_dy_xhat = (all_reduce(packed, ctx.group, ctx.name, direction, (x,)) / count).chunk(2)
     scale = invstd if weight is None else invstd * weight
     dx = (dy - per_channel(mean_dy, x) - xhat * per_channel(mean_dy_xhat, x)) * per_channel(scale, x)

@@ -1,11 +1,9 @@
 """The back ends of a training step, and which of them serves what.
 
-A back end implements four phases, none of which communicates: `reference` says what each computes. ``reference`` runs
-anywhere and under torch.compile; ``cpu`` is C++, built on first use; ``cuda`` are torch's own operators for CUDA. Any
-of them can go on from what another computed.
-
-``SYNCBN_KERNELS`` chooses: ``auto`` is the quickest that works here, ``cpu`` the same with a warning where C++ cannot
-be built, ``reference`` is reference.
+A back end implements four phases, none of which communicates: `reference` says what each computes, and runs anywhere
+and under torch.compile; `cpu` is C++, built on first use; `cuda` are torch's own operators for CUDA. Any of them can
+go on from what another computed. ``SYNCBN_KERNELS`` chooses: ``auto`` is the quickest that works here, ``cpu`` the
+same with a warning where C++ cannot be built.
 """
 
 import os

@@ -40,9 +40,8 @@ def load(source: Path) -> ctypes.CDLL:
     one builds, and the others wait for it. What the compiler refuses is not tried again for a day; a build that was
     interrupted, killed or took too long is tried again by the next process that starts.
 
-    Raises: FileNotFoundError if there is no compiler; PermissionError if others could have put a library into the
-    cache; RuntimeError if the compiler fails, or refused the source within the last day; OSError if the library cannot
-    be loaded; TimeoutError if the compiler takes longer than five minutes.
+    Raises FileNotFoundError without a compiler; PermissionError if others could have put a library into the cache;
+    RuntimeError if the compiler fails, or has; TimeoutError if it takes longer than five minutes.
     """
     command = _command()
     name, folder = _name(source, command), _cache()
@@ -133,10 +132,9 @@ def _refuse_foreign(path: Path) -> None:
     """Refuse what another user owns or can write: it is about to be run."""
     status = path.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            f"expected {path} to be owned by user {os.geteuid()} and to be writable for nobody else, got owner "
-            f"{status.st_uid} and mode {stat.filemode(status.st_mode)}; remove it"
-        )
+        found = f"owner {status.st_uid} and mode {stat.filemode(status.st_mode)}; remove it"
+        wanted = f"owned by user {os.geteuid()} and to be writable for nobody else"
+        raise PermissionError(f"expected {path} to be {wanted}, got {found}")
 
 
 def _command() -> list[str]:
@@ -181,9 +179,7 @@ def run_compiler(arguments: list[str]) -> str:
 
 def _describe_processor() -> str:
     """Describe the processor, for which the library is built: homes are shared between machines."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        first = []
+    file = Path("/proc/cpuinfo")
+    first = file.read_text().split("\n\n")[0].splitlines() if file.exists() else []
     facts = [row for row in first if row.startswith(("model", "flags", "CPU", "Feat"))]
     return "\n".join([platform.machine(), *facts])

@@ -36,7 +36,5 @@ def check_input(
     if eps is not None and eps <= 0:
         raise ValueError(f"expected eps to be positive in training, got {eps}.")
     if parameter is not None and parameter.dtype != x.dtype and (parameter.dtype, x.dtype) not in _MIXED:
-        raise ValueError(
-            f"expected an input of the layer's dtype {parameter.dtype}, or of a half type for a float32 layer, "
-            f"got {x.dtype}; convert one of them."
-        )
+        wanted = f"the layer's dtype {parameter.dtype}, or of a half type for a float32 layer"
+        raise ValueError(f"expected an input of {wanted}, got {x.dtype}; convert one of them.")

@@ -20,7 +20,8 @@ from .layout import PLAIN, dense_view
 from .reference import Running
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in kernels.cpp
-_Dtype, _Maybe = torch.dtype | None, Tensor | None
+_Dtype = torch.dtype | None
+_Maybe = Tensor | None
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "forward_reduce": [_P, _I, _P, _P],
@@ -99,10 +100,7 @@ class CpuKernels:
 
 
 def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) -> CpuKernels | None:
-    """Return the kernels for ``x``, weight, bias, running_mean and running_var; None for those that they do not read.
-
-    Unless ``quietly``, one warning says why the library cannot be built.
-    """
+    """Return the kernels for ``x``, weight, bias, running_mean and running_var; None for what they do not read."""
     layout = _layout_of(x, *per_channel)
     if layout is None or not is_ready(quietly):
         return None
@@ -111,29 +109,21 @@ def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) ->
 
 
 def _layout_of(x: Tensor, *per_channel: Tensor | None) -> _Layout | None:
-    weight, bias, *running = per_channel
-    view = dense_view(x.shape, x.stride())
-    if view is None or not _is_readable(x) or _readable(x, x) is not x:
+    view, there = dense_view(x.shape, x.stride()), [t for t in per_channel if t is not None]
+    if view is None or _readable(x, x) is not x or not all(t.device.type == "cpu" for t in (x, *there)):
         return None
-    if not all(t is None or (_is_readable(t) and t.shape == (view[1],) and t.is_contiguous()) for t in per_channel):
+    if not all(type(t) in PLAIN and t.dtype in _DTYPES and not t.is_neg() for t in (x, *there)):
+        return None  # of a negative view memory holds the opposite
+    if not all(t.shape == (view[1],) and t.is_contiguous() for t in there):
         return None
-    dtypes = {-1 if t is None else _DTYPES[t.dtype] for t in running}
-    if len(dtypes) > 1 or any(t is not None and t.is_inference() for t in running):
+    weight, bias, mean, var = (-1 if t is None else _DTYPES[t.dtype] for t in per_channel)
+    if mean != var or any(t is not None and t.is_inference() for t in per_channel[2:]):
         return None  # statistics made in inference mode have no version to be raised
-    parameters = (-1 if t is None else _DTYPES[t.dtype] for t in (weight, bias))
-    return _Layout(_DTYPES[x.dtype], *view, *parameters, *dtypes)
-
-
-def _is_readable(t: Tensor) -> bool:
-    is_strided = type(t) in PLAIN and t.device.type == "cpu" and t.layout is torch.strided
-    return is_strided and t.dtype in _DTYPES and not t.is_neg()  # of negative views memory holds the opposite
+    return _Layout(_DTYPES[x.dtype], *view, weight, bias, mean)
 
 
 def _readable(dy: Tensor, x: Tensor) -> _Maybe:
-    """Return ``dy`` in the strides and dtype of ``x``.
-
-    None while a dispatch mode, tracer or functorch transform is active, and for a subclass: they see operators only.
-    """
+    """Return ``dy`` in the strides and dtype of ``x``; None for a subclass, or while a tracer or mode is active."""
     if num_dispatch_modes() or jit_tracing_state() is not None or are_transforms_active():
         return None
     if type(dy) not in PLAIN or dy.layout is not torch.strided:
@@ -171,6 +161,6 @@ def _load() -> str:
         found = f"{type(error).__name__}: {error}. This process goes on with slower kernels."
         todo = "Install a C++ compiler, or name it in CXX; or choose SYNCBN_KERNELS=auto."
         return f"SYNCBN_KERNELS=cpu: expected to build or load the C++ kernels, got {found} {todo}"
-    if selfcheck.passes(__name__, lambda *tensors: CpuKernels(library, _layout_of(*tensors)), torch.device("cpu")):
+    if selfcheck.passes(__name__, lambda *t: CpuKernels(library, _layout_of(*t) or _Layout()), torch.device("cpu")):
         _library = library
     return ""

@@ -31,12 +31,10 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     if dense_view(x.shape, x.stride()) is None or not x.is_contiguous(memory_format=memory_format(x)):
         return None
     this = sys.modules[__name__]
-    if x.device not in _passed:
-        if is_capturing():
-            return None  # the check reads values back
+    if x.device not in _passed and not is_capturing():  # the check reads values back
         _passed[x.device] = False  # where warnings are errors, too
         _passed[x.device] = selfcheck.passes(__name__, lambda *_: this, x.device)
-    return this if _passed[x.device] else None
+    return this if _passed.get(x.device) else None
 
 
 def is_capturing() -> bool:
@@ -59,17 +57,17 @@ def forward_apply(
     x: Tensor, summed: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float
 ) -> tuple[Tensor, Tensor]:
     statistics = reference.batch_statistics(summed, running, eps, is_empty=False)
-    mean, invstd, dtype = _mean_invstd(statistics, x)
+    mean, invstd = _mean_invstd(statistics, x)
     if {p.dtype for p in (weight, bias) if p is not None} != {x.dtype}:
         # the operator takes the dtype of x, or that of the sums, for both
-        weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+        weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
     return torch.batch_norm_elemt(x, weight, bias, mean, invstd, 0.0), statistics  # eps is in invstd
 
 
 def backward_reduce(
     dy: Tensor, x: Tensor, statistics: Tensor, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    mean, invstd, _ = _mean_invstd(statistics, x)
+    mean, invstd = _mean_invstd(statistics, x)
     # sum_dy_xhat is the gradient of a weight, of which only the dtype is read
     sum_dy, _, sum_dy_xhat, _ = torch.batch_norm_backward_reduce(
         like(dy, x), x, mean, invstd, invstd, input_g=True, weight_g=True, bias_g=False
@@ -80,19 +78,17 @@ def backward_reduce(
 
 
 def backward_apply(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, summed: Tensor) -> Tensor:
-    mean, invstd, dtype = _mean_invstd(statistics, x)
-    mean_dy, mean_dy_xmu = torch.div(summed, statistics[-1], out=summed.new_empty(len(summed), dtype=dtype)).chunk(2)
+    mean, invstd = _mean_invstd(statistics, x)
+    mean_dy, mean_dy_xmu = torch.div(summed, statistics[-1], out=mean.new_empty(len(summed))).chunk(2)
     mean_dy_xmu.div_(invstd)
     # the operator's own count is an int32, which more than 2**31 values per channel overflow: it gets 1, and means
     _, one = _zero_one(x.device, torch.int32)
-    weight = None if weight is None else weight.to(dtype)
+    weight = None if weight is None else weight.to(mean.dtype)
     return torch.batch_norm_backward_elemt(like(dy, x), x, mean, invstd, weight, mean_dy, mean_dy_xmu, one)
 
 
-def _mean_invstd(statistics: Tensor, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    dtype = SUM_DTYPE.get(x.dtype, x.dtype)
-    mean, invstd = statistics[:-1].to(dtype).chunk(2)
-    return mean, invstd, dtype
+def _mean_invstd(statistics: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    return statistics[:-1].to(SUM_DTYPE.get(x.dtype, x.dtype)).chunk(2)
 
 
 @lru_cache(64)

@@ -1,5 +1,6 @@
 """How a tensor lies in memory, for every back end that reads memory itself."""
 
+import math
 from functools import lru_cache
 
 import torch
@@ -15,23 +16,21 @@ def dense_view(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, in
     """See a dense tensor ``(N, C, *)`` as ``(outer, channels, inner)``: ``(N, C, L)``, or ``(N * L, C, 1)`` if its
     channels come last; None for all else, and for a tensor without values.
     """
-    count, rest = 1, range(2, len(shape))
-    for size in (shape[0], *shape[2:]):
-        count *= size
+    count, rest = math.prod((shape[0], *shape[2:])), range(2, len(shape))
     if not count:
         return None
-    if _is_dense(shape, stride, (0, 1, *rest)):
-        return shape[0], shape[1], count // shape[0]
-    return (count, shape[1], 1) if _is_dense(shape, stride, (0, *rest, 1)) else None
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...], order: tuple[int, ...]) -> bool:
-    expected = 1
-    for dim in reversed(order):
-        if shape[dim] != 1 and stride[dim] != expected:
-            return False
-        expected *= shape[dim]
-    return True
+    for order, view in (
+        ((0, 1, *rest), (shape[0], shape[1], count // shape[0])),
+        ((0, *rest, 1), (count, shape[1], 1)),
+    ):
+        step = 1
+        for dim in reversed(order):
+            if shape[dim] != 1 and stride[dim] != step:
+                break
+            step *= shape[dim]
+        else:
+            return view
+    return None
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

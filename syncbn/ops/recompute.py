@@ -16,11 +16,6 @@ from ..private import running_backward, top_saved_tensors_hooks
 _tapes: weakref.WeakKeyDictionary[Any, tuple[list[Tensor], defaultdict[int, int]]] = weakref.WeakKeyDictionary()
 
 
-def is_recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass; so does a first one that a backward hook starts."""
-    return bool(running_backward() != -1)
-
-
 def replay() -> Tensor | None:
     """Return the next sums of the first pass, if this is a recomputation of a non-reentrant checkpoint."""
     frame, is_first_pass = _checkpoint_frame()

@@ -55,9 +55,8 @@ def forward_apply(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``y = (x - mean) * invstd * weight + bias``, and move the running statistics if there are any.
 
-    ``summed`` is ``packed`` of `forward_reduce`, all ranks added up; ``weight`` and ``bias`` are ``(C,)`` or None for
-    1 and 0. Returns y, in the dtype and memory format of ``x``, and the statistics ``[mean, invstd, count]`` of the
-    whole batch, ``(2C + 1,)``, float64.
+    ``summed`` is ``packed`` of `forward_reduce`, all ranks added up. Returns y, in the dtype and memory format of
+    ``x``, and the statistics ``[mean, invstd, count]`` of the whole batch, ``(2C + 1,)``, float64.
     """
     statistics = batch_statistics(summed, running, eps, is_empty=x.numel() == 0)
     mean, invstd = statistics[:-1].chunk(2)

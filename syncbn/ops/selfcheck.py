@@ -52,8 +52,12 @@ def _worst(
     x, dy = (t.to(dtype, memory_format=memory_format) for t in (x, dy))
     channel = steps[:20].view(4, 5) / 10  # weight, bias, running_mean, running_var
     mine = channel.to(SUM_DTYPE.get(dtype, dtype))
-    truth, given = _results(reference, x.double(), dy.double(), channel, ())
-    ours, _ = _results(kernels_for(x, *mine), x, dy, mine, given)
+    packed = reference.forward_reduce(x.double())
+    _, statistics = reference.forward_apply(x.double(), packed, channel[0], channel[1], reference.Running(), 0.01)
+    sums, _, _ = reference.backward_reduce(dy.double(), x.double(), statistics, None, None)
+    given = packed, statistics, sums
+    truth = _results(reference, x.double(), dy.double(), channel, given)
+    ours = _results(kernels_for(x, *mine), x, dy, mine, given)
     worst = 0.0, ""
     for phase, true in truth.items():
         ratio = (ours[phase] - true).abs() / (_TOLERANCE[dtype] * (1 + true.abs()))
@@ -61,21 +65,15 @@ def _worst(
     return worst
 
 
-def _results(
-    kernels: Any, x: Tensor, dy: Tensor, channel: Tensor, given: tuple[Tensor, ...]
-) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """Run the phases; each gets the true results of those before, if they are ``given``."""
-    weight, bias, mean, var = channel.clone()
-    packed = kernels.forward_reduce(x)
-    running, summed = reference.Running(mean, var, None, 0.3), given[0] if given else packed
-    y, statistics = kernels.forward_apply(x, summed, weight, bias, running, 0.01)
-    known = given[1] if given else statistics
-    sums, grad_weight, grad_bias = kernels.backward_reduce(dy, x, known, weight.dtype, bias.dtype)
-    dx = kernels.backward_apply(dy, x, known, weight, given[2] if given else sums)
-    results = {
-        "forward_reduce": torch.cat([*reference.moments(packed), packed[-1:]]),
-        "forward_apply": torch.cat([t.double().flatten() for t in (y, mean, var, statistics)]),
-        "backward_reduce": torch.cat([sums, grad_weight.double(), grad_bias.double()]),
-        "backward_apply": dx.double(),
+def _results(kernels: Any, x: Tensor, dy: Tensor, channel: Tensor, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Run the phases; each is given the true results of those before."""
+    (weight, bias, mean, var), (packed, statistics, sums) = channel.clone(), given
+    found = kernels.forward_reduce(x)
+    forward = kernels.forward_apply(x, packed, weight, bias, reference.Running(mean, var, None, 0.3), 0.01)
+    backward = kernels.backward_reduce(dy, x, statistics, weight.dtype, bias.dtype)
+    return {
+        "forward_reduce": torch.cat([*reference.moments(found), found[-1:]]),
+        "forward_apply": torch.cat([t.double().flatten() for t in (*forward, mean, var)]),
+        "backward_reduce": torch.cat([t.double() for t in backward]),
+        "backward_apply": kernels.backward_apply(dy, x, statistics, weight, sums).double(),
     }
-    return results, (packed, statistics, sums)
