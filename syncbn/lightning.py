@@ -1,9 +1,8 @@
-"""Convert the model of a Lightning project, by a callback or Lightning's own plugin; give it precise statistics.
+"""Convert the model of a Lightning project, by a callback or by Lightning's plugin; give it precise statistics.
 
-The callback converts at the one right moment: after ``configure_model`` has built the last layers, and before the
-checkpoint is restored, the strategy wraps and the optimizers are made. Lightning's layer-sync hook, which the plugin
-uses, comes after the restore and only in DDP and FSDP fits: early enough for SyncBatchNorm, whose keys are
-BatchNorm's, too late for norms with other keys.
+The callback converts after ``configure_model`` has built the last layers, and before the checkpoint is restored, the
+strategy wraps and the optimizers are made. Lightning's layer-sync hook, which the plugin uses, comes after the restore
+and only in DDP and FSDP fits: too late for norms with other keys than BatchNorm's.
 """
 
 import copy
@@ -30,13 +29,12 @@ class NormConverter(Callback):
     """Convert the BatchNorm layers of the LightningModule, in every stage and strategy; arguments as `syncbn.convert`.
 
     Layers built in ``__init__``, ``setup`` and ``configure_model`` are all found. The model stays converted after the
-    stage; `syncbn.revert` gives the original back. Several converters work in their order. Collectives: those of
-    `syncbn.convert`, where the process group exists, as in DDP. In Hydra a norm of your own is
-    ``norm: {_target_: mypackage.MyNorm, _partial_: true}``.
+    stage (`syncbn.revert`). Several converters work in their order. Collectives: those of `syncbn.convert`, where the
+    process group exists. In Hydra a norm of your own is ``norm: {_target_: mypackage.MyNorm, _partial_: true}``.
 
     Raises:
         ValueError: At construction for an unknown norm or unusable arguments; in setup, if ``Trainer`` has
-            ``sync_batchnorm=True`` too; when converting, as `syncbn.convert`.
+            ``sync_batchnorm=True`` too; as `syncbn.convert`.
 
     Example:
         >>> from lightning import Trainer
@@ -67,10 +65,8 @@ class NormConverter(Callback):
 class SyncBatchNormLayerSync(LayerSync):
     """Do what ``Trainer(sync_batchnorm=True)`` does, with this layer: on CPU too, and reverted exactly after the fit.
 
-    Lightning calls it in fits of the DDP and FSDP strategies only; elsewhere it does nothing.
-
-    Args:
-        process_group: Ranks that share statistics, as in `syncbn.SyncBatchNorm`.
+    Lightning calls it in fits of the DDP and FSDP strategies only; elsewhere it does nothing. ``process_group``: see
+    `syncbn.SyncBatchNorm`.
     """
 
     def __init__(self, process_group: ProcessGroupLike = None) -> None:
@@ -96,24 +92,20 @@ class PreciseStatistics(Callback):
     """Give the BatchNorm layers population statistics, `syncbn.update_bn_stats`, whenever a fit looks at them.
 
     In a fit only: before each validation, and at the end of an epoch if training went on after the last validation.
-    So validation, and what ModelCheckpoint writes at those moments, hold precise statistics; in between, the running
-    statistics move as always. Training is not disturbed: the weights are those of a fit without this callback.
+    Validation, and what ModelCheckpoint writes then, hold precise statistics; the weights are those of a fit without.
 
     The batches are the first of a copy of the training DataLoader, in this epoch's order where the sampler has one,
-    and go through the module's hooks and the trainer's precision as in training; random states, the sampler's
-    included, are put back. (A dataset that keeps a random state or position of its own in the main process is not.)
+    and go through the module's hooks and the trainer's precision as in training; random states are put back, the
+    sampler's too (not those that a dataset keeps in the main process).
 
-    Collectives: those of `syncbn.update_bn_stats`. Every rank needs equally many batches, as in training.
+    Collectives: those of `syncbn.update_bn_stats`; every rank needs equally many batches.
 
     Args:
-        num_batches: Training batches that each rank takes, at most those of an epoch.
+        num_batches: Training batches of each rank, at most those of an epoch.
         forward: Called as ``forward(pl_module, batch)``; by default the module runs on the batch or its first item.
 
-    Raises:
-        ValueError: At construction for a ``num_batches`` below 1; in the fit, if the training data is not one
-            DataLoader; see also `syncbn.update_bn_stats`.
-
-    Source: Wu & Johnson 2021 ("Rethinking Batch in BatchNorm"), section 3.
+    Raises a ValueError at construction for a ``num_batches`` below 1; in the fit, if the training data is not one
+    DataLoader; see also `syncbn.update_bn_stats`. Source: Wu & Johnson 2021, section 3.
     """
 
     def __init__(

@@ -206,7 +206,7 @@ def test_an_unknown_subclass_is_left_alone_until_registered(monkeypatch):
     with pytest.warns(UserWarning, match=r"left 0 alone: MyBatchNorm .* syncbn.register\(MyBatchNorm"):
         syncbn.convert(model)
     assert [type(m) for m in model] == [MyBatchNorm, SyncBatchNorm]
-    monkeypatch.setattr(sys.modules["syncbn.conversion.rules"], "_REGISTERED", {})
+    monkeypatch.setattr(sys.modules["syncbn.conversion.classes"], "_REGISTERED", {})
     syncbn.register(MyBatchNorm, MySyncBatchNorm)
     syncbn.convert(model)
     assert type(model[0]) is MySyncBatchNorm

@@ -13,13 +13,10 @@ from ..distributed.groups import GroupSpec
 from ..nn.activated import SyncBatchNormAct
 from ..nn.batchnorm import SyncBatchNorm
 from . import norms, swap
+from .classes import sync_class_of
 from .swap import Original, original_class, original_of
-from .third_party import activates, is_frozen_class
+from .third_party import is_frozen_class
 
-_PLAIN: dict[type, type[SyncBatchNorm]] = dict.fromkeys(
-    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm), SyncBatchNorm
-)
-_REGISTERED: dict[type, type[SyncBatchNorm]] = {}
 _ISOLATED = norms.key("bn", {})  # of a layer that was written to synchronize, in groups of one
 
 
@@ -70,22 +67,6 @@ class Target:
     norm_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def register(batchnorm_class: type[_BatchNorm], sync_class: type[SyncBatchNorm] = SyncBatchNorm) -> None:
-    """Tell conversion what a BatchNorm subclass becomes.
-
-    Args:
-        batchnorm_class: The exact class to convert.
-        sync_class: A subclass of SyncBatchNorm that does what ``batchnorm_class`` does beside normalizing; the plain
-            layer, if it does nothing else.
-
-    Raises:
-        ValueError: If ``sync_class`` is not a subclass of SyncBatchNorm.
-    """
-    if not issubclass(sync_class, SyncBatchNorm):
-        raise ValueError(f"register: expected a subclass of syncbn.SyncBatchNorm, got {sync_class.__name__}.")
-    _REGISTERED[batchnorm_class] = sync_class
-
-
 def is_family(layer: nn.Module) -> bool:
     """Whether ``layer`` is a BatchNorm of any kind, or was one before a conversion."""
     return isinstance(layer, _BatchNorm) or original_of(layer) is not None or is_frozen_class(type(layer))
@@ -101,12 +82,13 @@ def decide(name: str, layer: nn.Module, target: Target) -> Decision:
     problem = _problem(layer)
     if problem is not None:
         return Decision(row._replace(reason=problem), Action.REFUSE)
-    sync_class = _sync_class(cls)
+    sync_class = sync_class_of(cls)
     if sync_class is None:
+        name = cls.__name__
         reason = (
-            f"{cls.__name__} is a BatchNorm subclass that syncbn does not know. If it only normalizes, call "
-            f"syncbn.register({cls.__name__}); if it does more, syncbn.register({cls.__name__}, YourSubclass), "
-            "with a subclass of syncbn.SyncBatchNorm that does the same."
+            f"{name} is a BatchNorm subclass that syncbn does not know. If it only normalizes, call "
+            f"syncbn.register({name}); if it does more, syncbn.register({name}, YourSubclass), with a subclass of "
+            "syncbn.SyncBatchNorm that does the same."
         )
         return Decision(row._replace(reason=reason), Action.WARN)
     is_wanted = target.norm in ("syncbn", "bn") and (original is not None or target.include_frozen)
@@ -193,12 +175,3 @@ def _problem(layer: nn.Module) -> str | None:
             "its forward was set on the instance (as accelerate does) and would go on unsynchronized: convert before."
         )
     return None
-
-
-def _sync_class(cls: type[nn.Module]) -> type[SyncBatchNorm] | None:
-    if issubclass(cls, SyncBatchNorm):
-        return cls
-    if activates(cls):
-        return SyncBatchNormAct
-    is_frozen = is_frozen_class(cls) and not issubclass(cls, _BatchNorm)
-    return _REGISTERED.get(cls) or _PLAIN.get(cls) or (SyncBatchNorm if is_frozen else None)

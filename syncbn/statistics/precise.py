@@ -15,13 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed.exchange import all_reduce, group_of
-from ..distributed.groups import GroupSpec
 from ..ops.reference import forward_reduce, moments
-from .freeze import MODE_WHEN_UNFROZEN, is_frozen
+from .buffers import layers_with_statistics, statistics_of, sum_over_ranks, write
+from .freeze import MODE_WHEN_UNFROZEN
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,7 +56,7 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
         ValueError: For a lazy layer; if a batch is of another kind and ``forward`` is not given; for an input of
             other channels than the layer's; on every rank alike, if no rank has a batch.
     """
-    found = _layers(model)
+    found = layers_with_statistics(model)
     with _kept(model):
         if not model.training:
             model.train()
@@ -69,7 +67,7 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
         warnings.warn("syncbn.update_bn_stats found no BatchNorm layer in train mode to update.", stacklevel=2)
         return model
     first = next(iter(sums.values()))
-    *totals, num_batches_of_all = _sum_over_ranks(
+    *totals, num_batches_of_all = sum_over_ranks(
         "update_bn_stats", [*sums.values(), first.new_full((1,), num_batches)]
     )
     if num_batches_of_all == 0:
@@ -77,30 +75,7 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
     for layer, total in zip(layers.values(), totals, strict=True):
         count, (mean, sqdev) = total[-1], moments(total)
         if count > 0:
-            _write(layer, mean, sqdev / (count - 1).clamp(min=1))
-    return model
-
-
-def average_bn_stats(model: M) -> M:
-    """Replace the running statistics of every BatchNorm layer by their mean over the ranks, with equal weights.
-
-    That is what plain BatchNorm under data parallelism can know without another pass over data. The new
-    ``running_var`` is the mean of the ranks' variances: unlike the pooled variance of `update_bn_stats` it leaves out
-    how the ranks' means differ. Frozen layers keep their statistics: average before you freeze. Collectives: one
-    exchange over the world for all layers; without a process group nothing happens.
-
-    Returns:
-        ``model`` itself.
-    """
-    layers = [layer for layer in _layers(model).values() if not is_frozen(layer)]
-    if not layers:
-        warnings.warn("syncbn.average_bn_stats found no BatchNorm layer to average.", stacklevel=2)
-        return model
-    statistics = [tensor.double() for layer in layers for tensor in _statistics(layer)]
-    *totals, world_size = _sum_over_ranks("average_bn_stats", [*statistics, statistics[0].new_ones(1)])
-    means = [total / world_size.to(total.device) for total in totals]
-    for layer, mean, var in zip(layers, means[::2], means[1::2], strict=True):
-        _write(layer, mean, var)
+            write(layer, mean, sqdev / (count - 1).clamp(min=1))
     return model
 
 
@@ -152,39 +127,9 @@ def _add_input(name: str, sums: Tensor, layer: nn.Module, args: tuple[Any, ...],
     sums += forward_reduce(x).to(sums.device)
 
 
-def _sum_over_ranks(caller: str, parts: list[Tensor]) -> list[Tensor]:
-    """Sum float64 vectors over the world, each back to its device: one exchange."""
-    packed, group = torch.cat([part.to(parts[0].device) for part in parts]), group_of(GroupSpec(None), caller)
-    total = packed if group is None else all_reduce(packed, group, caller, "statistics")
-    pieces = torch.split(total, [len(part) for part in parts])
-    return [piece.to(part.device) for piece, part in zip(pieces, parts, strict=True)]
-
-
-def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    lazy = [name for name, layer in model.named_modules() if isinstance(layer, LazyModuleMixin)]
-    if lazy:
-        raise ValueError(f"the lazy layers {', '.join(lazy)} do not know their shapes yet: run one batch first.")
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
-    }
-
-
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
-
-
 def _zeros(layer: _BatchNorm) -> Tensor:
-    mean = _statistics(layer)[0]
+    mean = statistics_of(layer)[0]
     return torch.zeros(2 * len(mean) + 1, dtype=torch.float64, device=mean.device)  # sum, sqsum, count
-
-
-def _write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    for buffer, value in zip(_statistics(layer), (mean, var), strict=True):
-        buffer.copy_(value)
 
 
 @contextmanager
