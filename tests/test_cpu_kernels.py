@@ -517,6 +517,7 @@ def run_with(rank, world_size, cases, others):
     found = []
     for case in cases:
         with syncbn.use_kernels("reference" if rank in others else "cpu"):
+            backends.kernels_of.clear()
             result = run_case(rank, case)
             found.append((result, {isinstance(k, cpu.CpuKernels) for k in backends.kernels_of.values()}))
     return found
@@ -650,6 +651,7 @@ def statistics_of_inference_mode(rank, world_size):
     """They have no version to be raised: the reference moves them, where torch lets it."""
     x = torch.randn(2, 3, 4)
     with syncbn.use_kernels("cpu"):
+        backends.kernels_of.clear()
         plain = syncbn.SyncBatchNorm(3)
         with torch.inference_mode():
             made = syncbn.SyncBatchNorm(3)

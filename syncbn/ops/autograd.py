@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import private
-from ..distributed.exchange import all_reduce
-from . import recompute, reference
-from .backends import Kernels, choose, kernels_of, remember
+from ..distributed.exchange import DifferentiableSum, all_reduce
+from . import backends, recompute, reference
+from .backends import Kernels
 from .checks import check_input
 from .layout import per_channel
 from .reference import Running
@@ -39,35 +39,30 @@ def train_step(
     ``num_features`` for a layer without any tensor. Other arguments and errors: see `functional.sync_batch_norm`.
     """
     per_channel_tensors = weight, bias, running.mean, running.var
-    if torch.compiler.is_compiling():
-        kernels: Kernels = reference
+    kind = None if torch.compiler.is_compiling() else _kind(x, per_channel_tensors, num_features, eps > 0)
+    kernels: Kernels = None if kind is None else backends.kernels_of.get(kind)
+    if kernels is None:  # not seen before
         check_input(x, weight, running.mean, eps, num_features)
-    else:
-        kind = _kind(x, *per_channel_tensors, num_features, eps > 0)
-        kernels = kernels_of.get(kind) or _prepare(kind, x, *per_channel_tensors, num_features, eps)
+        kernels = backends.choose(x, *per_channel_tensors)
+        if kind is not None:
+            backends.remember(kind, kernels)
     y: Tensor = _BatchNorm.apply(x, weight, bias, kernels, torch.is_grad_enabled(), eps, group, name, *running)
     return y
 
 
-def _kind(*arguments: Tensor | float | None) -> object:
+def _kind(
+    x: Tensor, per_channel_tensors: tuple[Tensor | None, ...], num_features: int | None, is_eps_positive: bool
+) -> object:
     """Return what the choice of kernels, and the checks, depend on; None while operators are observed."""
     if private.num_dispatch_modes() or private.are_transforms_active() or private.jit_tracing_state() is not None:
         return None
-    kind: list[object] = []
-    for a in arguments:
-        if isinstance(a, Tensor):
-            kind += (type(a), a.dtype, a.device, a.shape, a.stride(), a.is_neg(), a.is_inference())
+    kind: list[object] = [num_features, is_eps_positive, type(x), x.dtype, x.device, x.is_neg(), x.shape, x.stride()]
+    for t in per_channel_tensors:
+        if t is None:
+            kind.append(None)
         else:
-            kind.append(a)
+            kind += type(t), t.dtype, t.device, t.shape, t.stride(), t.is_inference()
     return tuple(kind)
-
-
-def _prepare(kind: object, x: Tensor, *rest: Any) -> Kernels:
-    """Check what has not been seen before, and choose its kernels."""
-    *per_channel_tensors, num_features, eps = rest
-    check_input(x, per_channel_tensors[0], per_channel_tensors[2], eps, num_features)
-    kernels = choose(x, *per_channel_tensors)
-    return kernels if kind is None else remember(kind, kernels)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -142,15 +137,15 @@ def _differentiable_backward(
         _, *gradients = reference.backward_reduce(dy, x, statistics, *dtypes)  # seen by autograd
         return None, gradients[0], gradients[1]
     dims, num_features = [0, *range(2, x.dim())], x.shape[1]
-    count, direction = statistics[-1].clamp(min=1), "backward with create_graph"
+    count, arguments = statistics[-1].clamp(min=1), (ctx.group, ctx.name, "backward with create_graph", (x,))
     xmu, dy = x.double() - per_channel(statistics[:num_features], x), dy.double()
     packed = torch.cat([xmu.sum(dims), xmu.square().sum(dims)])
-    mean, sqmean = (all_reduce(packed, ctx.group, ctx.name, direction, (x,)) / count).chunk(2)
+    mean, sqmean = (DifferentiableSum.apply(packed, *arguments) / count).chunk(2)
     invstd = torch.rsqrt(sqmean - mean.square() + ctx.eps)
     xhat = (xmu - per_channel(mean, x)) * per_channel(invstd, x)
     packed = torch.cat([dy.sum(dims), (dy * xhat).sum(dims)])
     sum_dy, sum_dy_xhat = packed.chunk(2)
-    mean_dy, mean_dy_xhat = (all_reduce(packed, ctx.group, ctx.name, direction, (x,)) / count).chunk(2)
+    mean_dy, mean_dy_xhat = (DifferentiableSum.apply(packed, *arguments) / count).chunk(2)
     scale = invstd if weight is None else invstd * weight
     dx = (dy - per_channel(mean_dy, x) - xhat * per_channel(mean_dy_xhat, x)) * per_channel(scale, x)
     grad_weight = None if dtypes[0] is None else sum_dy_xhat.to(dtypes[0])

@@ -41,17 +41,18 @@ def use_kernels(name: str) -> Iterator[None]:
 
     ``name`` is "auto", "reference" or "cpu"; a ValueError for any other.
     """
-    global _chosen
-    before, _chosen = _chosen, _check(name)
-    kernels_of.clear()
+    global _chosen, kernels_of
+    before = _chosen, kernels_of
+    _chosen = _check(name)
+    kernels_of = _kernels_by_choice[_chosen]
     try:
         yield
     finally:
-        _chosen = before
-        kernels_of.clear()
+        _chosen, kernels_of = before
 
 
-kernels_of: dict[object, Kernels] = {}  # chosen before, by the kind of input: see `autograd`
+_kernels_by_choice: dict[str, dict[object, Kernels]] = {choice: {} for choice in CHOICES}
+kernels_of = _kernels_by_choice[_chosen]  # by the kind of input: see `autograd`
 
 
 def choose(x: Tensor, *per_channel: Tensor | None) -> Kernels:
@@ -62,10 +63,9 @@ def choose(x: Tensor, *per_channel: Tensor | None) -> Kernels:
     return reference if found is None else found
 
 
-def remember(kind: object, kernels: Kernels) -> Kernels:
+def remember(kind: object, kernels: Kernels) -> None:
     """Keep the kernels for a kind of input, but not those chosen while no value can be read back."""
     if len(kernels_of) >= _MOST:
         kernels_of.clear()
     if not cuda.is_capturing():
         kernels_of[kind] = kernels
-    return kernels

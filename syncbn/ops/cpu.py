@@ -9,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +24,15 @@ _Maybe = Tensor | None
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "forward_reduce": [_P, _I, _P, _P],
-    "forward_apply": [_P, _I, _D, _D, *[_P] * 8],
+    "forward_apply": [_P, _I, _D, _D, _I, *[_P] * 8],
     "backward_reduce": [_P, _I, *[_P] * 6],
     "backward_apply": [_P, _I, *[_P] * 6],
 }
 
+_FREED = (
+    "SyncBatchNorm: expected the weight and all other tensors of this step to be in memory, found one whose storage "
+    "was freed; keep it, or gather it again before (as FSDP does)."
+)
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _is_decided = False
@@ -45,25 +48,32 @@ class _Layout(ctypes.Structure):
 class CpuKernels:
     """The four phases for inputs of one shape, layout and dtype; `reference` says what each computes."""
 
-    def __init__(self, library: ctypes.CDLL, layout: _Layout) -> None:
-        self.layout, self.num_features, self.address = layout, layout.channels, ctypes.addressof(layout)
-        self.functions: tuple[Callable[..., None], ...] = tuple(getattr(library, name) for name in _ARGUMENTS)
+    def __init__(self, library: ctypes.CDLL, layout: _Layout, weight: _Maybe, bias: _Maybe) -> None:
+        self.layout, self.address = layout, ctypes.addressof(layout)
+        self.functions: tuple[Callable[..., int], ...] = tuple(getattr(library, name) for name in _ARGUMENTS)
+        self.sums = torch.empty(2 * layout.channels, dtype=torch.float64, device="cpu")
+        self.packed = self.sums.new_empty(2 * layout.channels + 1)
+        self.weight, self.bias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
 
-    def forward_reduce(self, x: Tensor, num_batches_tracked: Tensor | None = None) -> Tensor:
+    def forward_reduce(self, x: Tensor, num_batches_tracked: _Maybe = None) -> Tensor:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
-        packed = torch.empty(2 * self.num_features + 1, dtype=torch.float64, device="cpu")
-        self._call(0, (), x, packed)
+        packed = torch.empty_like(self.packed)
+        if self.functions[0](self.address, torch.get_num_threads(), x.data_ptr(), packed.data_ptr()):
+            raise RuntimeError(_FREED)
         return packed
 
     def forward_apply(
         self, x: Tensor, summed: Tensor, weight: _Maybe, bias: _Maybe, running: Running, eps: float
     ) -> tuple[Tensor, Tensor]:
-        mean, var, num_batches_tracked, momentum = running
+        (mean, var, num_batches_tracked, momentum), pointers = running, []
         if momentum is None:
             momentum = 0.0 if num_batches_tracked is None else 1.0 / num_batches_tracked.item()
         y, statistics = torch.empty_like(x), torch.empty_like(summed)
-        self._call(1, (momentum, eps), x, summed, weight, bias, mean, var, statistics, y)
+        for t in (x, summed, weight, bias, mean, var, statistics, y):
+            pointers.append(None if t is None else t.data_ptr())
+        if self.functions[1](self.address, torch.get_num_threads(), momentum, eps, mean is not None, *pointers):
+            raise RuntimeError(_FREED)
         if mean is not None and var is not None:
             torch.autograd.graph.increment_version((mean, var))
         return y, statistics
@@ -73,30 +83,24 @@ class CpuKernels:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if (mine := _readable(dy, x)) is None:
             return reference.backward_reduce(dy, x, statistics, weight_dtype, bias_dtype)
-        num, device = self.num_features, "cpu"
-        packed = torch.empty(2 * num, dtype=torch.float64, device=device)
-        grad_weight = None if weight_dtype is None else torch.empty(num, dtype=weight_dtype, device=device)
-        grad_bias = None if bias_dtype is None else torch.empty(num, dtype=bias_dtype, device=device)
-        self._call(2, (), mine, x, statistics, packed, grad_weight, grad_bias)
+        packed = torch.empty_like(self.sums)
+        grad_weight = None if weight_dtype is None or self.weight is None else torch.empty_like(self.weight)
+        grad_bias = None if bias_dtype is None or self.bias is None else torch.empty_like(self.bias)
+        pointers = [mine.data_ptr(), x.data_ptr(), statistics.data_ptr(), packed.data_ptr()]
+        for t in (grad_weight, grad_bias):
+            pointers.append(0 if t is None else t.data_ptr())
+        if self.functions[2](self.address, torch.get_num_threads(), *pointers):
+            raise RuntimeError(_FREED)
         return packed, grad_weight, grad_bias
 
     def backward_apply(self, dy: Tensor, x: Tensor, statistics: Tensor, weight: _Maybe, summed: Tensor) -> Tensor:
         if (mine := _readable(dy, x)) is None:
             return reference.backward_apply(dy, x, statistics, weight, summed)
-        dx = torch.empty_like(x)
-        self._call(3, (), mine, x, statistics, weight, summed, dx)
+        dx, address = torch.empty_like(x), 0 if weight is None else weight.data_ptr()
+        pointers = mine.data_ptr(), x.data_ptr(), statistics.data_ptr(), address, summed.data_ptr(), dx.data_ptr()
+        if self.functions[3](self.address, torch.get_num_threads(), *pointers):
+            raise RuntimeError(_FREED)
         return dx
-
-    def _call(self, phase: int, numbers: tuple[Any, ...], *tensors: _Maybe) -> None:
-        addresses: list[int | None] = []
-        for t in tensors:
-            addresses.append(None if t is None else t.data_ptr())
-            if t is not None and not addresses[-1]:
-                raise RuntimeError(
-                    "SyncBatchNorm: expected the weight and all other tensors of this step to be in memory, found one "
-                    "whose storage was freed; keep it, or gather it again before (as FSDP does)."
-                )
-        self.functions[phase](self.address, torch.get_num_threads(), *numbers, *addresses)
 
 
 def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) -> CpuKernels | None:
@@ -105,7 +109,7 @@ def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) ->
     if layout is None or not is_ready(quietly):
         return None
     assert _library is not None
-    return CpuKernels(_library, layout)
+    return CpuKernels(_library, layout, *per_channel[:2])
 
 
 def _layout_of(x: Tensor, *per_channel: Tensor | None) -> _Layout | None:
@@ -156,11 +160,13 @@ def _load() -> str:
         library = build.load(Path(__file__).with_name("csrc") / "kernels.cpp")
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, ctypes.c_int
     except Exception as error:  # of any kind: other kernels go on
         found = f"{type(error).__name__}: {error}. This process goes on with slower kernels."
         todo = "Install a C++ compiler, or name it in CXX; or choose SYNCBN_KERNELS=auto."
         return f"SYNCBN_KERNELS=cpu: expected to build or load the C++ kernels, got {found} {todo}"
-    if selfcheck.passes(__name__, lambda *t: CpuKernels(library, _layout_of(*t) or _Layout()), torch.device("cpu")):
+    if selfcheck.passes(
+        __name__, lambda *t: CpuKernels(library, _layout_of(*t) or _Layout(), *t[1:3]), torch.device("cpu")
+    ):
         _library = library
     return ""

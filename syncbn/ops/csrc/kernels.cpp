@@ -240,20 +240,25 @@ struct Layout {
 
 }  // namespace
 
+// Each returns 1, and has done nothing, if a tensor is not in memory.
 extern "C" {
 
-void forward_reduce(const Layout* a, long threads, const void* x, double* packed) {
+int forward_reduce(const Layout* a, long threads, const void* x, double* packed) {
+  if (!x) return 1;
   with_dtype(a->dtype, [&](auto t) {
     auto values = static_cast<const decltype(t)*>(x);
     sums<false>(a->shape(threads, D), values, values, packed);
   });
   packed[2 * a->channels] = double(a->outer * a->inner);
+  return 0;
 }
 
 // statistics: mean, invstd and count of the whole batch.
-void forward_apply(const Layout* a, long threads, double momentum, double eps, const void* x, const double* summed,
-                  const void* weight, const void* bias, void* running_mean, void* running_var, double* statistics,
-                  void* y) {
+int forward_apply(const Layout* a, long threads, double momentum, double eps, long tracks, const void* x,
+                  const double* summed, const void* weight, const void* bias, void* running_mean, void* running_var,
+                  double* statistics, void* y) {
+  if (!x || (a->weight >= 0 && !weight) || (a->bias >= 0 && !bias) || (tracks && !(running_mean && running_var)))
+    return 1;
   long channels = a->channels;
   const double *sum = summed, *sqsum = sum + channels, n = sum[2 * channels];
   double *mean = statistics, *invstd = mean + channels;
@@ -279,10 +284,12 @@ void forward_apply(const Layout* a, long threads, double momentum, double eps, c
     auto values = static_cast<const T*>(x);
     affine<false>(a->shape(threads, WIDTH), values, values, static_cast<T*>(y), mean, scale, offset, scale);
   });
+  return 0;
 }
 
-void backward_reduce(const Layout* a, long threads, const void* dy, const void* x, const double* statistics,
+int backward_reduce(const Layout* a, long threads, const void* dy, const void* x, const double* statistics,
                     double* packed, void* grad_weight, void* grad_bias) {
+  if (!x || !dy) return 1;
   long channels = a->channels;
   const double *mean = statistics, *invstd = mean + channels;
   double *sum_dy = packed, *sum_dy_xhat = sum_dy + channels;
@@ -293,10 +300,12 @@ void backward_reduce(const Layout* a, long threads, const void* dy, const void* 
   for (long c = 0; c < channels; ++c) sum_dy_xhat[c] = (sum_dy_xhat[c] - mean[c] * sum_dy[c]) * invstd[c];
   put(sum_dy_xhat, channels, a->weight, grad_weight);
   put(sum_dy, channels, a->bias, grad_bias);
+  return 0;
 }
 
-void backward_apply(const Layout* a, long threads, const void* dy, const void* x, const double* statistics,
+int backward_apply(const Layout* a, long threads, const void* dy, const void* x, const double* statistics,
                    const void* weight, const double* summed, void* dx) {
+  if (!x || !dy || (a->weight >= 0 && !weight)) return 1;
   long channels = a->channels;
   const double *mean = statistics, *invstd = mean + channels, n = mean[2 * channels];
   Channel slope = channel(a->weight, weight, channels, 1), offset = slope, scale = slope;
@@ -310,5 +319,6 @@ void backward_apply(const Layout* a, long threads, const void* dy, const void* x
     affine<true>(a->shape(threads, WIDTH), static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx),
                  mean, scale, offset, slope);
   });
+  return 0;
 }
 }
