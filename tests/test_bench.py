@@ -14,9 +14,10 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from syncbn.experiment.bench import collectives, contenders, layer, memory, parts, ranks, step, tables, timing
+from syncbn import use_kernels
+from syncbn.experiment.bench import collectives, layer, memory, parts, ranks, step, tables, timing
 from syncbn.experiment.bench.contenders import CONTENDERS
-from syncbn.ops import autograd, backends, cpu, reference
+from syncbn.ops import backends, cpu, reference
 
 ROOT = Path(__file__).parents[1]
 SYNCHRONIZED = ["cpu", "reference", "composed", "gather"]
@@ -65,7 +66,7 @@ def differences(rank, world_size, name, memory_format):
     mine = slice(0, 2) if rank == 0 else slice(2, 7)
     contender = CONTENDERS[name].convert(affine(nn.BatchNorm2d(5, dtype=torch.float64)))
     part = x[mine].clone().requires_grad_()
-    with contenders.kernels_of(name):
+    with use_kernels(CONTENDERS[name].kernels):
         y = contender(part)
         y.backward(dy[mine])
     for parameter in (contender.weight, contender.bias):  # local sums, as DDP averages them
@@ -198,20 +199,18 @@ def test_other_dtypes(dtype):
 
 def test_contenders_run_on_their_kernels_which_are_chosen_once(monkeypatch):
     skip_without_compiler("cpu")
-    chosen, choose = [], autograd.choose
-    monkeypatch.setattr(autograd, "choose", lambda *tensors: chosen.append(choose(*tensors)) or chosen[-1])
-    monkeypatch.setattr(contenders, "_kept", {})
-    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    chosen, choose = [], backends.choose
+    monkeypatch.setattr(backends, "choose", lambda *tensors: chosen.append(choose(*tensors)) or chosen[-1])
+    x = torch.randn(2, 5, 3, 7, requires_grad=True)  # which no other test has
     layers = {name: layer.make_layer(name, x) for name in ("reference", "cpu")}
     with ranks.fake_group():
         for _ in range(3):
             for name, norm in layers.items():
-                with contenders.kernels_of(name):
+                with use_kernels(CONTENDERS[name].kernels):
                     norm(x)
     first, second = chosen
     assert first is reference
     assert isinstance(second, cpu.CpuKernels)
-    assert not backends.kernels_of
 
 
 def test_a_part_without_its_base_has_no_ratios_to_it():

@@ -1,4 +1,4 @@
-"""Say in words and in a table what the rows mean."""
+"""Write the advice and the table of an audit."""
 
 import math
 import textwrap

@@ -29,7 +29,7 @@ def register(batchnorm_class: type[_BatchNorm], sync_class: type[SyncBatchNorm] 
 
 
 def sync_class_of(cls: type[nn.Module]) -> type[SyncBatchNorm] | None:
-    """Return what ``cls`` becomes; None for a class that nobody has told about."""
+    """Return what ``cls`` becomes; None for a class that is not known."""
     if issubclass(cls, SyncBatchNorm):
         return cls
     if activates(cls):

@@ -99,7 +99,7 @@ class _OrderCheck:
             raise OrderError(f"syncbn: {found}\nThis is rank {rank_in_world()}.")
 
     def note_eval(self, name: str) -> None:
-        """Tell the other ranks that this one runs a layer without an exchange, in eval mode; nobody waits."""
+        """Report to the other ranks, without waiting, that this one runs a layer in eval mode."""
         if current_world() is not None:
             try:
                 current_store().note(f"{name}, forward in eval mode")

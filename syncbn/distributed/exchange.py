@@ -1,4 +1,4 @@
-"""One sum over the ranks of a process group, which group that is, and who is told before it and when it fails."""
+"""One sum over the ranks of a process group: which group, which collective, and an observer called before it."""
 
 import weakref
 from typing import Any
@@ -16,20 +16,20 @@ Facts = tuple[Any, ...]  # for the observer: the input, whether it needs a gradi
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
 
-# Is told of every exchange before it begins, and may raise: the order check of `syncbn.debug`, which see.
+# Called before every exchange, and may raise: the order check of `syncbn.debug`.
 _observer: Any = None
 _HINT = "Where the others were, SYNCBN_CHECK_ORDER=1 shows in the next run (see syncbn.debug)."
 
 
 def observe(observer: Any) -> Any:
-    """Let ``observer`` be told of all exchanges of this process, and return the one before."""
+    """Call ``observer`` before all exchanges of this process; return the one so far."""
     global _observer
     before, _observer = _observer, observer
     return before
 
 
 def note_eval(name: str) -> None:
-    """Tell the observer, if there is one, that a layer runs in eval mode, without an exchange."""
+    """Report to the observer, if there is one, that a layer runs in eval mode, without an exchange."""
     if _observer is not None and not torch.compiler.is_compiling():
         _observer.note_eval(name)
 

@@ -1,4 +1,4 @@
-"""The folder a run is at home in: whether it is finished, whether this is its command, and where it goes on."""
+"""The run directory: whether its run is finished, whether this is the same command, which checkpoint comes next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A place between two optimizer steps in the words of Lightning's loops, as its checkpoints hold them."""
+"""Training progress between two optimizer steps, as the counters of Lightning's loops in its checkpoints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ def begin_epoch(trainer: L.Trainer) -> None:
 
 
 def write_place(loops: dict[str, Any], place: Place, trainer: L.Trainer) -> None:
-    """Write the place in Lightning's words.
+    """Write the training progress as Lightning's counters, those of `on_train_batch_end`, from where it resumes right.
 
-    Within an epoch they are those of `on_train_batch_end`, from where Lightning resumes right: the last batch is not
-    quite completed. Between epochs everything is. Validations are never begun here, and those done are not counted:
-    Lightning, which asks only whether one was interrupted, counts that of this place twice when it goes on.
+    | counter (e epochs, s steps, b batches of this epoch done) | within an epoch | at its end |
+    |---|---|---|
+    | epoch_progress: ready, started | e + 1 | e |
+    | epoch_progress: processed, completed | e | e |
+    | batch_progress: ready, started, processed | b | 0 |
+    | batch_progress: completed | b - 1 | 0 |
+    | _batches_that_stepped | s - 1 | s |
+
+    Validations count as 0: Lightning asks only whether one was interrupted, and would count that of now twice.
     """
     is_over = trainer.max_steps != -1 and place.step >= trainer.max_steps  # which ends a begun epoch
     batches, begun = place.batch_of_epoch, int(place.step_of_epoch > 0 and not is_over)

@@ -1,4 +1,4 @@
-"""Where a run stands: epoch, images of it, optimizer steps; and what that means with other batches or ranks."""
+"""Training progress: epoch, its images, optimizer steps; and what that means with other batches or ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from syncbn.experiment.batches import BatchPlan
 
 @dataclass(frozen=True)
 class Place:
-    """Hold the place of a run between two optimizer steps, and what the order of its data follows from.
+    """Hold the training progress between two optimizer steps, and what the order of the data follows from.
 
     Args:
         plan: Batch sizes.

@@ -1,4 +1,4 @@
-"""The layer: nn.BatchNorm's words, keys and numbers, with the statistics of the batch on all ranks."""
+"""The layer: nn.BatchNorm's arguments, keys and numbers, with the statistics of the batch on all ranks."""
 
 from typing import Any
 

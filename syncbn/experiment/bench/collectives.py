@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from syncbn import use_kernels
 from syncbn.compat import all_gather_single
 from syncbn.experiment import nets
 from syncbn.experiment.bench import ranks, timing
-from syncbn.experiment.bench.contenders import CONTENDERS, kernels_of
+from syncbn.experiment.bench.contenders import CONTENDERS
 from syncbn.experiment.bench.tables import Table, spread
 
 Row = dict[str, Any]
@@ -77,7 +78,7 @@ def _count(arch: str, name: str, image_size: int, device: str) -> list[Row]:
     model = CONTENDERS[name].convert(nets.torchvision(arch, NUM_CLASSES)).to(device)
     images = torch.randn(2, 3, image_size, image_size, device=device)
     labels = torch.randint(NUM_CLASSES, (2,), device=device)
-    with kernels_of(name):
+    with use_kernels(CONTENDERS[name].kernels):
         with Counter() as forward:
             loss = F.cross_entropy(model(images), labels)
         with Counter() as backward:

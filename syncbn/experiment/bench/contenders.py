@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 import syncbn
 from syncbn.experiment.bench import peers
-from syncbn.ops import backends
 
 
 class Contender(NamedTuple):
@@ -32,22 +30,6 @@ CONTENDERS = {
     "gather": Contender("gather-based, reference kernels", lambda model: peers.replace(model, peers.GatherBatchNorm)),
     "floor": Contender("streaming floor", lambda model: peers.replace(model, peers.Floor)),
 }
-
-
-_kept: dict[str, dict[object, Any]] = {}  # by name of kernels: what `backends.kernels_of` held
-
-
-@contextmanager
-def kernels_of(contender: str) -> Iterator[None]:
-    """Run with the kernels of a contender.
-
-    Which of them serve which input is decided once, and kept from one call to the next, as in a training.
-    """
-    name = CONTENDERS[contender].kernels
-    with syncbn.use_kernels(name):
-        backends.kernels_of.update(_kept.get(name, {}))
-        yield
-        _kept[name] = dict(backends.kernels_of)
 
 
 def check(names: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from syncbn import use_kernels
 from syncbn.experiment.bench import timing
-from syncbn.experiment.bench.contenders import CONTENDERS, kernels_of
+from syncbn.experiment.bench.contenders import CONTENDERS
 from syncbn.experiment.bench.ranks import fake_group
 from syncbn.experiment.bench.tables import Table, ratio, shape_text, spread
 
@@ -34,7 +35,7 @@ def measure(config: DictConfig) -> list[Row]:
         for shape, form in cases:
             x, dy = (_random(shape, form, part.dtype, config.device) for _ in range(2))
             passes = {name: _both_passes(make_layer(name, x), x, dy) for name in part.contenders}
-            times = timing.interleave(passes, part.rounds, kernels_of, config.device)
+            times = timing.interleave(passes, part.rounds, lambda n: use_kernels(CONTENDERS[n].kernels), config.device)
             rows += [{"shape": list(shape), "format": form, **row} for row in timing.summarize(times, BASES)]
     return rows
 

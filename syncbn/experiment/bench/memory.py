@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from syncbn import use_kernels
 from syncbn.experiment import nets
 from syncbn.experiment.bench import ranks
-from syncbn.experiment.bench.contenders import CONTENDERS, kernels_of
+from syncbn.experiment.bench.contenders import CONTENDERS
 from syncbn.experiment.bench.layer import make_layer
 from syncbn.experiment.bench.step import NUM_CLASSES, make_step
 from syncbn.experiment.bench.tables import Table, shape_text
@@ -69,7 +70,7 @@ def _address(tensor: Tensor) -> int:
 def _of_layer(shape: list[int], name: str, device: str) -> Row:
     x = torch.randn(shape, device=device, requires_grad=True)
     layer = make_layer(name, x)
-    with kernels_of(name):
+    with use_kernels(CONTENDERS[name].kernels):
         saved = saved_bytes(lambda: layer(x))
     return {"kind": "layer", "shape": shape, "contender": name, "input": x.nbytes, "saved": saved}
 
@@ -81,7 +82,7 @@ def _of_step(config: DictConfig, name: str) -> tuple[int, int]:
     model = CONTENDERS[name].convert(nets.torchvision(part.arch, NUM_CLASSES)).to(device)
     step = make_step(model, part.per_rank_batch_size, part.image_size, device)
     images = torch.randn(part.per_rank_batch_size, 3, part.image_size, part.image_size, device=device)
-    with kernels_of(name):
+    with use_kernels(CONTENDERS[name].kernels):
         before = _peak(device)
         step()
         peak = _peak(device) - before

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
 
+from syncbn import use_kernels
 from syncbn.experiment.bench import ranks, timing
-from syncbn.experiment.bench.contenders import CONTENDERS, kernels_of
+from syncbn.experiment.bench.contenders import CONTENDERS
 from syncbn.experiment.bench.tables import Table, spread
 from syncbn.experiment.make import make
 
@@ -57,7 +58,7 @@ def _on_rank(config: DictConfig) -> tuple[timing.Times, dict[str, int]]:
 @contextmanager
 def _together(name: str) -> Iterator[None]:
     """Choose the kernels, then wait for the other ranks."""
-    with kernels_of(name.removesuffix(_COMPILED)):
+    with use_kernels(CONTENDERS[name.removesuffix(_COMPILED)].kernels):
         dist.barrier()
         yield
 
