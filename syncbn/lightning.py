@@ -108,9 +108,7 @@ class PreciseStatistics(Callback):
     DataLoader; see also `syncbn.update_bn_stats`. Source: Wu & Johnson 2021, section 3.
     """
 
-    def __init__(
-        self, num_batches: int = 200, *, forward: Callable[[LightningModule, Any], Any] | None = None
-    ) -> None:
+    def __init__(self, num_batches: int = 200, *, forward: Callable[..., Any] | None = None) -> None:
         if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
             raise ValueError(f"num_batches: expected a whole number of at least 1, got {num_batches!r}.")
         self.num_batches, self.forward = num_batches, forward or run_first
