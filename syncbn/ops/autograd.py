@@ -61,7 +61,7 @@ def _kind(
         if t is None:
             kind.append(None)
         else:
-            kind += type(t), t.dtype, t.device, t.shape, t.stride(), t.is_inference()
+            kind += type(t), t.dtype, t.is_cpu, t.shape, t.is_contiguous(), t.is_neg(), t.is_inference()
     return tuple(kind)
 
 
