@@ -20,7 +20,7 @@ jit_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
 # Without it: a recomputation counts as a forward pass.
 running_backward = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 # Without it, as in torch 2.6: a recomputation repeats the exchange.
-top_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+top_saved_tensors_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", {}.get)  # None
 # Without it: a global count of 1 is not refused in a graph of torch.compile.
 assert_in_graph = getattr(torch, "_assert_async", lambda *_: None)
 

@@ -65,6 +65,10 @@ def _kind(
     return tuple(kind)
 
 
+def _layout(x: Tensor, weight: Tensor | None) -> object:
+    return x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
+
+
 class _BatchNorm(torch.autograd.Function):
     """The statistics of the whole batch are functions of x in backward. Saves x, weight and O(C) numbers."""
 
@@ -92,7 +96,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, statistics)
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.eps, ctx.group, ctx.name = kernels, eps, group, name
-        ctx.layout = x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
+        ctx.layout = None if torch.compiler.is_compiling() else _layout(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y  # type: ignore[no-any-return]
 
@@ -105,9 +109,8 @@ class _BatchNorm(torch.autograd.Function):
         dtypes = weight.dtype if needs_weight else None, ctx.bias_dtype if needs_bias else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(ctx, dy, x, weight, statistics, dtypes), *[None] * 9
-        kernels = ctx.kernels
-        layout = x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
-        if torch.compiler.is_compiling() or layout != ctx.layout:  # which a hook or a conversion has changed since
+        is_compiling, kernels = torch.compiler.is_compiling(), ctx.kernels
+        if is_compiling or _layout(x, weight) != ctx.layout:  # which a hook or a conversion has changed since
             kernels = reference
         packed, grad_weight, grad_bias = kernels.backward_reduce(dy, x, statistics, *dtypes)
         dx = None
