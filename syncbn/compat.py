@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn import init
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -52,11 +51,6 @@ def destroy_process_group() -> None:
     if _version < (2, 7):
         time.sleep(0.02)  # so that they let go of the last tensors
     dist.destroy_process_group()
-
-
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert to ``dtype``. torch 2.11: a conversion to the same one makes gradients of compiled Functions zero."""
-    return t if t.dtype == dtype else t.to(dtype)
 
 
 class BatchNorm(_BatchNorm):

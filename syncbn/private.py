@@ -43,7 +43,7 @@ def backend_name_in_graph(group: Any) -> str:
 
 
 def known_groups() -> list[Any] | None:
-    """Return all process groups there are, None if that cannot be known: then of pickled layers only the world."""
+    """Return all process groups there are, None if that cannot be known: then a pickled layer finds only the world."""
     return list(_c10d._world.pg_map) if _has_world else None
 
 

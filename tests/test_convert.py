@@ -415,3 +415,24 @@ def test_unusable_arguments(norm, options, message):
     with pytest.raises(ValueError, match=message):
         syncbn.convert(model, norm, **options)
     assert [type(m) for m in model] == [nn.BatchNorm2d] * 2
+
+
+@pytest.mark.parametrize("norm", ["gn", "none", "bn"])
+def test_the_group_of_a_torch_layer_comes_back_after_another_norm(run, norm):
+    assert run(group_after, 2, norm) == [[0, 1]] * 2
+
+
+def group_after(rank, world_size, norm):
+    group = torch.distributed.new_group([0, 1])
+    layer = nn.SyncBatchNorm(4, process_group=group)
+    syncbn.convert(layer, norm, **({"num_groups": 2} if norm == "gn" else {}))
+    syncbn.convert(layer)
+    assert layer.process_group is group
+    return torch.distributed.get_process_group_ranks(layer.process_group)
+
+
+def test_a_layer_written_to_synchronize_runs_in_groups_of_one():
+    x = torch.randn(4, 3)
+    for layer in (syncbn.convert(SyncBatchNorm(3), "bn"), syncbn.convert(SyncBatchNorm(3), process_group=1)):
+        torch.testing.assert_close(layer(x), nn.BatchNorm1d(3)(x))
+        assert type(syncbn.revert(layer)) is SyncBatchNorm

@@ -807,3 +807,41 @@ def test_nothing_is_built_that_would_not_be_used(monkeypatch):
         assert not load.called
         with syncbn.use_kernels("cpu"), pytest.warns(RuntimeWarning, match="got RuntimeError: built"):
             assert backends.choose(*arguments) is reference
+
+
+INFERENCE_FIRST = """
+import torch, torch.distributed as dist, syncbn
+from syncbn.ops import backends, cpu
+from torch.testing._internal.distributed.fake_pg import FakeStore
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+with torch.inference_mode():
+    syncbn.SyncBatchNorm(3)(torch.randn(2, 3, 4))
+assert cpu.is_ready()
+syncbn.SyncBatchNorm(3)(torch.randn(2, 3, 4))
+print([type(k).__name__ for k in backends.kernels_of.values()][-1])
+"""
+
+
+def test_the_first_step_of_a_process_may_be_in_inference_mode():
+    result = subprocess.run([sys.executable, "-c", INFERENCE_FIRST], capture_output=True, text=True, timeout=100)
+    assert result.stdout.strip() == "CpuKernels", result.stderr
+
+
+def lost_view(rank, world_size):
+    """As FSDP's flat parameters: the weight is a view into a storage that is freed."""
+    layer, flat = syncbn.SyncBatchNorm(3), torch.ones(9)
+    layer.weight = nn.Parameter(flat[3:6])
+    with syncbn.use_kernels("cpu"):
+        y = layer(torch.randn(2, 3, 4, requires_grad=True))
+    flat.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage was freed"):
+        y.square().sum().backward()
+
+
+def test_a_weight_in_a_storage_that_was_freed(run):
+    run(lost_view, 2)
+
+
+def test_the_former_name_of_the_kernels():
+    with syncbn.use_kernels("fused"):
+        assert backends._chosen == "cpu"

@@ -535,6 +535,7 @@ def test_names_of_a_model_in_ddp(run):
         ("a.norm1 (Net)", "b.norm1 (Net)", False),
         ("SyncBatchNorm(64)", "SyncBatchNorm(64)", True),
         ("SyncBatchNorm(64)", "sync_batch_norm", False),
+        ("SyncBatchNorm(64)", "norm1 (Net)", True),
         ("bn1 (ResNet)", "layer1.0.bn1 (ResNet)", False),
     ],
 )

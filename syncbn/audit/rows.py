@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..conversion.third_party import is_frozen_class
+from ..conversion.third_party import is_frozen_layer
 from ..distributed.groups import GroupSpec
 from ..distributed.subgroups import check_size
 from ..nn.batchnorm import SyncBatchNorm
@@ -155,4 +155,4 @@ def _num_constant_in_parts(call: ImageMoments, size: int) -> int:
 
 def _is_always_frozen(layer: nn.Module) -> bool:
     """Whether ``layer`` is a FrozenBatchNorm2d of any package, or what norm "frozen" makes."""
-    return is_frozen_class(type(layer)) or isinstance(layer, FrozenStatistics)
+    return is_frozen_layer(layer) or isinstance(layer, FrozenStatistics)

@@ -15,7 +15,7 @@ from ..nn.batchnorm import SyncBatchNorm
 from . import norms, swap
 from .classes import sync_class_of
 from .swap import Original, original_class, original_of
-from .third_party import is_frozen_class
+from .third_party import is_frozen_class, is_frozen_layer
 
 _ISOLATED = norms.key("bn", {})  # of a layer that was written to synchronize, in groups of one
 
@@ -69,7 +69,7 @@ class Target:
 
 def is_family(layer: nn.Module) -> bool:
     """Whether ``layer`` is a BatchNorm of any kind, or was one before a conversion."""
-    return isinstance(layer, _BatchNorm) or original_of(layer) is not None or is_frozen_class(type(layer))
+    return isinstance(layer, _BatchNorm) or original_of(layer) is not None or is_frozen_layer(layer)
 
 
 def decide(name: str, layer: nn.Module, target: Target) -> Decision:
@@ -127,7 +127,12 @@ def _synchronize(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm]
     row = row._replace(to=sync_class.__name__, reason="synchronizes")
     if isinstance(layer, SyncBatchNorm) and original is not None and original.norm is None:
         return Decision(row._replace(reason="another group"), Action.SET_GROUP)
-    kept = layer.__dict__ if original is None else original.attributes
+    needed = {"weight", "bias", "running_mean", "running_var"}
+    if original is None and not isinstance(layer, _BatchNorm) and not needed <= layer._buffers.keys():
+        return Decision(
+            row._replace(to=None, reason=f"without the buffers {', '.join(sorted(needed))}"), Action.REFUSE
+        )
+    kept = layer.__dict__ | ({} if original is None else original.attributes)
     group = kept.get("process_group")
     spec = group if isinstance(group, GroupSpec) else GroupSpec(group)
     return Decision(row, Action.SYNCHRONIZE, sync_class, written_spec=spec)

@@ -152,8 +152,9 @@ def _set_class(layer: nn.Module, original: Original) -> None:
 
 def _activate(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
     """Do what a fused layer does after normalizing; a forward hook of what takes its place."""
-    y: Tensor = layer._modules["act"](layer._modules["drop"](output))  # type: ignore[misc]
-    return y
+    for module in (layer._modules.get("drop"), layer._modules.get("act")):
+        output = output if module is None else module(output)
+    return output
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -5,17 +5,9 @@ from torch import nn
 # Normalize, then drop and activate.
 ACTIVATING = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}
 
-# Statistics, weight and bias that never move, as buffers, in torchvision, detectron2, timm and transformers. Whether
-# they drop and activate too.
-FROZEN = {
-    "FrozenBatchNorm2d": False,
-    "FrozenBatchNormAct2d": True,
-    "DetrFrozenBatchNorm2d": False,
-    "ConditionalDetrFrozenBatchNorm2d": False,
-    "DeformableDetrFrozenBatchNorm2d": False,
-    "TableTransformerFrozenBatchNorm2d": False,
-    "RTDetrFrozenBatchNorm2d": False,
-}
+# Part of the names of classes whose statistics, weight and bias never move, as buffers (torchvision, detectron2, timm;
+# DetrFrozenBatchNorm2d and its like in transformers); and of those that drop and activate too.
+FROZEN, FROZEN_ACTIVATING = "FrozenBatchNorm", "FrozenBatchNormAct"
 
 # Wrappers of a model, and the attribute that holds it; None for those that are not taken off.
 WRAPPERS = {
@@ -29,12 +21,17 @@ WRAPPERS = {
 
 def activates(cls: type[nn.Module]) -> bool:
     """Whether a layer of ``cls`` drops and activates after it has normalized."""
-    return f"{cls.__module__}.{cls.__qualname__}" in ACTIVATING or FROZEN.get(cls.__name__, False)
+    return f"{cls.__module__}.{cls.__qualname__}" in ACTIVATING or FROZEN_ACTIVATING in cls.__name__
 
 
 def is_frozen_class(cls: type[nn.Module]) -> bool:
     """Whether ``cls`` is a FrozenBatchNorm2d of any package."""
-    return cls.__name__ in FROZEN
+    return FROZEN in cls.__name__
+
+
+def is_frozen_layer(layer: nn.Module) -> bool:
+    """Whether ``layer`` is of such a class, and has statistics."""
+    return is_frozen_class(type(layer)) and layer._buffers.get("running_mean") is not None
 
 
 def is_sync_name(name: str) -> bool:

@@ -49,7 +49,9 @@ def differences(signatures: list[Signature]) -> list[str]:
 
 
 def is_same(one: str, other: str) -> bool:
-    """Whether two names can be of one layer: one rank may have named the model as a part of a larger one."""
+    """Whether two names can be of one layer: one rank may have no name for it, or that of a larger model's part."""
+    if sum(name.startswith("SyncBatchNorm(") for name in (one, other)) == 1 and (" (" in one or " (" in other):
+        return True
     (path, _, root), (path2, _, root2) = one.partition(" ("), other.partition(" (")
     if path == path2 or root == root2:
         return one == other

@@ -1,8 +1,7 @@
 """What a training forward must know of the DistributedDataParallel module that runs it.
 
-Before every training forward DDP copies rank 0's buffers to all ranks, unless it was made with
-``forward_sync_buffers=False`` (recommended). Layers of subgroups would lose their statistics by that; those of the
-world hold equal ones everywhere. DDP's copy at construction, of what rank 0 loaded, stays as it is.
+Before every training forward DDP copies rank 0's buffers to all ranks, unless made with ``forward_sync_buffers=False``
+(recommended): layers of subgroups would lose their statistics. Its copy at construction stays as it is.
 """
 
 import warnings

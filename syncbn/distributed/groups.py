@@ -21,13 +21,13 @@ ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
 _BY_SIZE_OR_NAME = (int, str)  # groups that are made here; a tuple, as torch 2.6 traces no `int | str`
 _IS_AVAILABLE = dist.is_available()
 ranks_of: Any = getattr(dist, "get_process_group_ranks", None)  # global ranks of a group, in the order of its own
-_NOTHING: Any = (lambda: None,) * 2
+_NOT_FOUND: Any = (lambda: None,) * 2
 # Looked up at each call, since ranks that are threads have one each; quicker than a function of ours.
 current_world: Callable[[], ProcessGroup | None] = partial(getattr, getattr(dist, "group", None), "WORLD", None)
 
 
 class GroupSpec:
-    """Which ranks share their statistics. Immutable; copies share it, and it pickles without a process group.
+    """Which ranks share their statistics. Copies share it, and it pickles without a process group.
 
     ``value`` is None for the world, an int for groups of that many consecutive ranks, ``"node"`` for the ranks of
     equal host name, a ProcessGroup, or a DeviceMesh of one dimension; a ValueError for anything else.
@@ -43,7 +43,7 @@ class GroupSpec:
         spec: GroupSpec | None = declared.get(value) if isinstance(value, _BY_SIZE_OR_NAME) else None
         if spec is None:
             spec = super().__new__(cls)
-            spec.value, spec.found = value, _NOTHING
+            spec.value, spec.found = value, _NOT_FOUND
             spec.ranks = tuple(ranks_of(value)) if isinstance(value, ProcessGroup) else None
             if isinstance(value, _BY_SIZE_OR_NAME):
                 declared[value] = spec
@@ -104,7 +104,7 @@ def rank_in_world() -> int:
 def _spec_of_ranks(ranks: tuple[int, ...]) -> GroupSpec:
     """Unpickle the spec of a ProcessGroup, which is found again when it is needed."""
     spec = object.__new__(GroupSpec)
-    spec.value, spec.ranks, spec.found = None, ranks, _NOTHING
+    spec.value, spec.ranks, spec.found = None, ranks, _NOT_FOUND
     return spec
 
 

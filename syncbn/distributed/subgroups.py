@@ -19,8 +19,8 @@ from ..compat import all_gather_single
 from ..private import timeout_of
 
 declared: "weakref.WeakValueDictionary[int | str, Any]" = weakref.WeakValueDictionary()  # specs in use, by value
-_made: dict[int | str, ProcessGroup | ValueError | None] = {}
-_made_in: list[ProcessGroup] = []  # the world that _made belongs to
+_groups: dict[int | str, ProcessGroup | ValueError | None] = {}
+_groups_of_world: list[ProcessGroup] = []  # the world that _groups belongs to
 
 
 def make_groups(specs: Iterable[Any]) -> None:
@@ -47,9 +47,9 @@ def check_size(size: int, world_size: int) -> None:
 
 def group_made_of(value: int | str) -> ProcessGroup | None:
     """Return this rank's group of an int or "node", made before or now; None in a group of one."""
-    if not (_made_in and _made_in[0] is dist.group.WORLD and value in _made):
+    if not (_groups_of_world and _groups_of_world[0] is dist.group.WORLD and value in _groups):
         _make_groups()
-    group = _made[value]
+    group = _groups[value]
     if isinstance(group, ValueError):
         raise group
     return group
@@ -60,13 +60,13 @@ def _make_groups() -> None:
     world = dist.group.WORLD
     assert world is not None
     everyone = _gather_json([list(declared), socket.gethostname()])
-    if not (_made_in and _made_in[0] is world):
-        _made.clear()
-        _made_in[:] = [world]
+    if not (_groups_of_world and _groups_of_world[0] is world):
+        _groups.clear()
+        _groups_of_world[:] = [world]
     hosts = [host for _, host in everyone]
-    wanted = set().union(*(declared for declared, _ in everyone)) - _made.keys()
+    wanted = set().union(*(declared for declared, _ in everyone)) - _groups.keys()
     for value in sorted(wanted, key=lambda v: (isinstance(v, str), v)):
-        _made[value] = _make_groups_of(value, hosts)
+        _groups[value] = _make_groups_of(value, hosts)
 
 
 def _gather_json(mine: Any) -> list[Any]:

@@ -6,9 +6,11 @@ from .batchnorm import SyncBatchNorm
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """SyncBatchNorm followed by ``drop`` and ``act``, what timm's fused BatchNormAct2d becomes."""
+    """SyncBatchNorm followed by ``drop`` and ``act``, if it has them: what timm's fused BatchNormAct2d becomes."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize, then drop and activate."""
-        y: Tensor = self.act(self.drop(super().forward(input)))  # type: ignore[operator]
+        y = super().forward(input)
+        for module in (self._modules.get("drop"), self._modules.get("act")):
+            y = y if module is None else module(y)
         return y

@@ -62,7 +62,7 @@ class SyncBatchNorm(BatchNorm):
 
     _converted_from: type[nn.Module] | None = None  # None for a layer that was written as it is
     _layer_name: str | None = None  # "path (class of the model)", for messages
-    _last_dims: int | None = None  # of an input; None if there was none, or for a converted layer
+    _last_dims: int | None = None  # dimensions of the last input; None if there was none
     group_spec: GroupSpec  # process_group as a value that copies and pickles
 
     @property
@@ -103,9 +103,9 @@ class SyncBatchNorm(BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Check what the class that the layer was converted from checks, as nn.BatchNorm2d wants 4 dimensions."""
-        check = getattr(self._converted_from, "_check_input_dim", None)
-        if check is not None:
-            check(self, input)
+        cls = self._converted_from
+        if cls is not None and not issubclass(cls, SyncBatchNorm):
+            getattr(cls, "_check_input_dim", lambda *_: None)(self, input)
         elif not torch.compiler.is_compiling():
             self.__dict__["_last_dims"] = input.dim()  # Module's own way takes longer
 

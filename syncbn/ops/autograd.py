@@ -38,14 +38,14 @@ def train_step(
     Counts the batch, and moves the running statistics, but not in a recomputation. ``name`` is for messages,
     ``num_features`` for a layer without any tensor. Other arguments and errors: see `functional.sync_batch_norm`.
     """
-    per_channel_tensors = weight, bias, running.mean, running.var
-    kind = None if torch.compiler.is_compiling() else _kind(x, per_channel_tensors, num_features, eps > 0)
-    kernels: Kernels = None if kind is None else backends.kernels_of.get(kind)
+    per_channel_tensors, table = (weight, bias, running.mean, running.var), backends.kernels_of
+    kind = None if torch.compiler.is_compiling() else _kind(x, per_channel_tensors, num_features, not eps <= 0)
+    kernels: Kernels = None if kind is None else table.get(kind)
     if kernels is None:  # not seen before
         check_input(x, weight, running.mean, eps, num_features)
         kernels = backends.choose(x, *per_channel_tensors)
         if kind is not None:
-            backends.remember(kind, kernels)
+            backends.remember(table, kind, kernels)
     y: Tensor = _BatchNorm.apply(x, weight, bias, kernels, torch.is_grad_enabled(), eps, group, name, *running)
     return y
 

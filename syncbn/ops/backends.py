@@ -19,7 +19,7 @@ from . import cpu, cuda, reference
 
 CHOICES = ("auto", "reference", "cpu")
 _RENAMED = {"fused": "cpu"}  # former name of what is the same
-_MOST = 4096  # kinds of input that are kept
+_MAX_KINDS = 4096  # kinds of input that are kept
 
 
 Kernels = Any  # forward_reduce, forward_apply, backward_reduce, backward_apply: see `reference`
@@ -63,9 +63,9 @@ def choose(x: Tensor, *per_channel: Tensor | None) -> Kernels:
     return reference if found is None else found
 
 
-def remember(kind: object, kernels: Kernels) -> None:
-    """Keep the kernels for a kind of input, but not those chosen while no value can be read back."""
-    if len(kernels_of) >= _MOST:
-        kernels_of.clear()
-    if not cuda.is_capturing():
-        kernels_of[kind] = kernels
+def remember(table: dict[object, Kernels], kind: object, kernels: Kernels) -> None:
+    """Keep the kernels for a kind of input; not those of another choice, or chosen while a CUDA graph is captured."""
+    if len(table) >= _MAX_KINDS:
+        table.clear()
+    if table is kernels_of and not cuda.is_capturing():
+        table[kind] = kernels

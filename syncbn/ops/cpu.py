@@ -1,7 +1,6 @@
 """The four phases on the CPU in C++, each one pass over memory, with sums in float64: see `reference` for equations.
 
-`csrc/kernels.cpp` is built on first use, within seconds, and called with addresses, without torch's headers: one
-library serves all versions of torch. (torch.compile of the reference takes 20 s, measured, for every kind of input.)
+`csrc/kernels.cpp` is built on first use, within seconds, without torch's headers: one library serves all versions.
 """
 
 import ctypes
@@ -9,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class _Layout(ctypes.Structure):
 class CpuKernels:
     """The four phases for inputs of one shape, layout and dtype; `reference` says what each computes."""
 
-    def __init__(self, library: ctypes.CDLL, layout: _Layout, weight: _Maybe, bias: _Maybe) -> None:
+    def __init__(self, library: ctypes.CDLL, layout: Any, weight: _Maybe, bias: _Maybe) -> None:
         self.layout, self.address = layout, ctypes.addressof(layout)
         self.functions: tuple[Callable[..., int], ...] = tuple(getattr(library, name) for name in _ARGUMENTS)
         self.sums = torch.empty(2 * layout.channels, dtype=torch.float64, device="cpu")
@@ -81,12 +81,12 @@ class CpuKernels:
     def backward_reduce(
         self, dy: Tensor, x: Tensor, statistics: Tensor, weight_dtype: _Dtype, bias_dtype: _Dtype
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if (mine := _readable(dy, x)) is None:
+        if (dy_like_x := _readable(dy, x)) is None:
             return reference.backward_reduce(dy, x, statistics, weight_dtype, bias_dtype)
         packed = torch.empty_like(self.sums)
         grad_weight = None if weight_dtype is None or self.weight is None else torch.empty_like(self.weight)
         grad_bias = None if bias_dtype is None or self.bias is None else torch.empty_like(self.bias)
-        pointers = [mine.data_ptr(), x.data_ptr(), statistics.data_ptr(), packed.data_ptr()]
+        pointers = [dy_like_x.data_ptr(), x.data_ptr(), statistics.data_ptr(), packed.data_ptr()]
         for t in (grad_weight, grad_bias):
             pointers.append(0 if t is None else t.data_ptr())
         if self.functions[2](self.address, torch.get_num_threads(), *pointers):
@@ -94,10 +94,12 @@ class CpuKernels:
         return packed, grad_weight, grad_bias
 
     def backward_apply(self, dy: Tensor, x: Tensor, statistics: Tensor, weight: _Maybe, summed: Tensor) -> Tensor:
-        if (mine := _readable(dy, x)) is None:
+        if (dy_like_x := _readable(dy, x)) is None:
             return reference.backward_apply(dy, x, statistics, weight, summed)
-        dx, address = torch.empty_like(x), 0 if weight is None else weight.data_ptr()
-        pointers = mine.data_ptr(), x.data_ptr(), statistics.data_ptr(), address, summed.data_ptr(), dx.data_ptr()
+        dx, address = torch.empty_like(x), 0  # of a weight that was freed, too
+        if weight is not None and weight.untyped_storage().data_ptr():
+            address = weight.data_ptr()
+        pointers = dy_like_x.data_ptr(), x.data_ptr(), statistics.data_ptr(), address, summed.data_ptr(), dx.data_ptr()
         if self.functions[3](self.address, torch.get_num_threads(), *pointers):
             raise RuntimeError(_FREED)
         return dx
@@ -113,12 +115,12 @@ def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) ->
 
 
 def _layout_of(x: Tensor, *per_channel: Tensor | None) -> _Layout | None:
-    view, there = dense_view(x.shape, x.stride()), [t for t in per_channel if t is not None]
-    if view is None or _readable(x, x) is not x or not all(t.device.type == "cpu" for t in (x, *there)):
+    view, present = dense_view(x.shape, x.stride()), [t for t in per_channel if t is not None]
+    if view is None or _readable(x, x) is not x or not all(t.device.type == "cpu" for t in (x, *present)):
         return None
-    if not all(type(t) in PLAIN and t.dtype in _DTYPES and not t.is_neg() for t in (x, *there)):
+    if not all(type(t) in PLAIN and t.dtype in _DTYPES and not t.is_neg() for t in (x, *present)):
         return None  # of a negative view memory holds the opposite
-    if not all(t.shape == (view[1],) and t.is_contiguous() for t in there):
+    if not all(t.shape == (view[1],) and t.is_contiguous() for t in present):
         return None
     weight, bias, mean, var = (-1 if t is None else _DTYPES[t.dtype] for t in per_channel)
     if mean != var or any(t is not None and t.is_inference() for t in per_channel[2:]):
@@ -165,8 +167,6 @@ def _load() -> str:
         found = f"{type(error).__name__}: {error}. This process goes on with slower kernels."
         todo = "Install a C++ compiler, or name it in CXX; or choose SYNCBN_KERNELS=auto."
         return f"SYNCBN_KERNELS=cpu: expected to build or load the C++ kernels, got {found} {todo}"
-    if selfcheck.passes(
-        __name__, lambda *t: CpuKernels(library, _layout_of(*t) or _Layout(), *t[1:3]), torch.device("cpu")
-    ):
+    if selfcheck.passes(__name__, lambda *t: CpuKernels(library, _layout_of(*t), *t[1:3]), torch.device("cpu")):
         _library = library
     return ""

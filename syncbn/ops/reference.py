@@ -14,7 +14,7 @@ from torch import Tensor
 from .layout import SUM_DTYPE
 
 _WIDE = torch.float64
-# No conversion here is without effect: torch 2.11 then makes the gradients of compiled Functions zero.
+# Convert only where the dtype differs: else torch 2.11 makes the gradients of compiled Functions zero.
 
 
 class Running(NamedTuple):

@@ -1,4 +1,4 @@
-"""Compare kernels that could not be run where they are meant for with the reference, on their first use there."""
+"""Check kernels against the reference on their first use: they may never have been run on this machine."""
 
 import math
 import warnings
@@ -16,6 +16,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def passes(name: str, kernels_for: Callable[..., Any], device: torch.device) -> bool:
     """Compare all phases with the reference in float64, on small inputs of all dtypes and two memory formats.

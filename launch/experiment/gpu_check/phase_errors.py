@@ -101,7 +101,7 @@ def _backward_apply(kernels: Any, case: Case, moments: truth.Moments) -> Iterato
     statistics = moments.statistics(_EPS)
     statistics[-1] = max(2 * moments.num, 1)
     dx = kernels.backward_apply(dy, x, statistics.to(x.device), case.weight, total.to(x.device))
-    true = truth.input_gradient(dy, x, statistics, case.weight, total)
+    true = truth.backward_apply(dy, x, statistics, case.weight, total)
     yield "dx", _map_error(dx, true, case, truth.norm(dy)), TOLERANCE[x.dtype]
 
 

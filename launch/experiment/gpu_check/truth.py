@@ -62,7 +62,7 @@ def gradient_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
     return torch.cat([per_channel(dy).sum(1), (per_channel(dy) * _xhat(x, statistics)).sum(1)])
 
 
-def input_gradient(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+def backward_apply(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
     """Compute ``dx``, ``(C, n)``, for sums over a batch of as many values per channel as ``statistics`` say."""
     mean_dy, mean_dy_xhat = (sums / statistics[-1]).view(2, -1, 1)
     _, invstd = statistics[:-1].chunk(2)
