@@ -428,6 +428,7 @@ def group_after(rank, world_size, norm):
     syncbn.convert(layer, norm, **({"num_groups": 2} if norm == "gn" else {}))
     syncbn.convert(layer)
     assert layer.process_group is group
+    torch.distributed.barrier()  # nobody leaves while others still connect
     return torch.distributed.get_process_group_ranks(layer.process_group)
 
 
