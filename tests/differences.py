@@ -86,10 +86,12 @@ def _compare_layers(program, truth, mine):
         number, what = name.removeprefix("layer ").split(": ")
         values = [one[name] for one in mine]
         if what.endswith("gradient"):
-            kinds = {value is None for value in values}
-            values = [None if None in values else sum(value.double() for value in values)]
-            if len(kinds) > 1:
+            present = [value.double() for value in values if value is not None]
+            # in eval mode without running statistics a rank with one value raises alone, and has no gradient
+            one_raised = any(isinstance(y, str) for _, y in truth.calls.values())
+            if 0 < len(present) < len(values) and not one_raised:
                 yield f"{name}: some ranks have none"
+            values = [sum(present) if present else None]
         elif any(not torch.equal(values[0], other) for other in values[1:]):
             yield f"{name} differs between ranks"
         yield from _far(name, values[0], wanted, *_limits(program, truth, int(number), what))
