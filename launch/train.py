@@ -10,7 +10,7 @@
     torchrun launch/train.py +norm=syncbn ckpt_path=outputs/RUN/checkpoints/last.ckpt    # a new run from there
     python launch/train.py --help                                          # every group and setting
 
-Each run makes one folder in `outputs`, or is at home in `run_dir`: config, versions, command, metrics, checkpoints and
+Each run writes one folder, a new one in `outputs` or `run_dir`: config, versions, command, metrics, checkpoints and
 results.
 """
 
@@ -98,7 +98,7 @@ def audit(config: DictConfig, data: ImageData, task: Task) -> str:
 
 
 def make_environment(world: World) -> ClusterEnvironment:
-    """Tell Lightning who started the processes; to requeue a SLURM job is the affair of launch/slurm."""
+    """Tell Lightning which launcher started the processes; launch/slurm requeues SLURM jobs, not Lightning."""
     if world.by_torchrun:
         return TorchElasticEnvironment()
     return SLURMEnvironment(auto_requeue=False) if world.by_slurm else LightningEnvironment()

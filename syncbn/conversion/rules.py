@@ -84,10 +84,10 @@ def decide(name: str, layer: nn.Module, target: Target) -> Decision:
         return Decision(row._replace(reason=problem), Action.REFUSE)
     sync_class = sync_class_of(cls)
     if sync_class is None:
-        name = cls.__name__
+        kind = cls.__name__
         reason = (
-            f"{name} is a BatchNorm subclass that syncbn does not know. If it only normalizes, call "
-            f"syncbn.register({name}); if it does more, syncbn.register({name}, YourSubclass), with a subclass of "
+            f"{kind} is a BatchNorm subclass that syncbn does not know. If it only normalizes, call "
+            f"syncbn.register({kind}); if it does more, syncbn.register({kind}, YourSubclass), with a subclass of "
             "syncbn.SyncBatchNorm that does the same."
         )
         return Decision(row._replace(reason=reason), Action.WARN)

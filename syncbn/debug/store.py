@@ -152,7 +152,7 @@ class StoreClient:
             self.previous[group] = keys[index]
 
     def _read(self, keys: list[str], timeout: float) -> list[bytes] | None:
-        """Read all rows, None if one is not there in time (or the store is not: whoever asks next sees that)."""
+        """Read all rows; None if one is missing after the time-out, or if the store does not answer."""
         limit = timedelta(seconds=timeout)
         try:
             if self.shares_timeout:
@@ -182,7 +182,9 @@ def _last(rank: int) -> str:
 
 def _work(jobs: "SimpleQueue[Callable[[StoreClient], None] | None]", client: StoreClient) -> None:
     while (job := jobs.get()) is not None:
-        with suppress(Exception):  # nobody waits any more: the next rendezvous says what is wrong with the store
+        with suppress(
+            Exception
+        ):  # the caller has stopped waiting; the next rendezvous reports what is wrong with the store
             job(client)
 
 

@@ -31,7 +31,7 @@ class MetricsFile(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        """Give this: Lightning asks for it early, and Lightning's own would delete the rows that are there."""
+        """Return this logger: the property of Lightning's class would delete the rows written so far."""
         return self
 
     @rank_zero_only

@@ -48,7 +48,7 @@ def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor] = ()) -> 
 
     Args:
         forward: The forward pass.
-        known: Tensors that are there anyway, as parameters are.
+        known: Tensors that are not counted, such as parameters.
     """
     saved: dict[int, Tensor] = {}  # by address; held, so that no address is given out again
 

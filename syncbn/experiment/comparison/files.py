@@ -1,4 +1,4 @@
-"""Points as CSV, and files that are there whole or not at all."""
+"""Results as CSV, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
