@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 from differences import differences
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from machines import run_programs
 from programs import Do, Forward, Norm, Program
@@ -20,6 +20,7 @@ SEED = int(os.environ.get("PROPERTY_SEED", "0"))
 COMMON = settings(
     database=None,
     deadline=None,  # the machine may be busy
+    phases=[Phase.generate],  # a failure says its program at once: shrinking it takes longer than a test may
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )
