@@ -3,11 +3,14 @@
     python launch/gpu_check.py                              # on a machine with a CUDA GPU
     python launch/gpu_check.py --parts phases,layer         # some parts
     python launch/gpu_check.py --device cpu                 # what a CPU can run: a test of this program
+    compute-sanitizer --tool memcheck --target-processes all python3 launch/gpu_check.py --parts phases
 
 torch, Triton, pytest and numpy are enough, and the tree need not be installed. Each part is a process of its own with
 its own time limit; one that fails is reported, and the others go on. `output_dir` receives gpu_check.md and
-gpu_check.json, written anew after each part, and a log for each. The limits add up to some 20 minutes; how long it
-takes on a GPU is not known yet. The exit code is 0 if nothing failed, 1 if a part failed, 2 without a GPU.
+gpu_check.json, written anew after each part, and a log for each. The limits add up to some 25 minutes; about 10 are
+expected on a GPU, not yet measured. The exit code is 0 if nothing failed, 1 if a part failed, 2 without a GPU.
+
+The memory checker sees where a tensor ends only with PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment.
 """
 
 from __future__ import annotations

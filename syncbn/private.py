@@ -1,6 +1,7 @@
 """Private names of torch, looked up once, each with what is done where it is missing."""
 
 import importlib.util
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from operator import methodcaller
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._python_dispatch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +19,11 @@ from .compat import all_gather_single
 are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 jit_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
+_get_mode = getattr(torch._C, "_get_dispatch_mode", None)
+_recorders = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "__members__", {}).values()
+# Without it: dispatch modes see the operators of Triton's interpreter.
+_nothing = contextmanager(lambda: (None for _ in range(1)))
+disable_modes: Any = getattr(torch.utils._python_dispatch, "_disable_current_modes", _nothing)
 # Without it: a recomputation counts as a forward pass.
 running_backward = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 # Without it, as in torch 2.6: a recomputation repeats the exchange.
@@ -35,6 +42,13 @@ _c10d: Any = getattr(dist, "distributed_c10d", None)  # not in a torch without d
 _has_world = hasattr(_c10d, "_world")  # looked up at each call: ranks that are threads have one each
 _get_default_store = getattr(_c10d, "_get_default_store", None)
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
+
+
+def is_traced() -> bool:
+    """Whether operators are recorded to be run later, as by make_fx: a kernel's launch would be lost."""
+    if num_dispatch_modes() and (_get_mode is None or any(_get_mode(key) is not None for key in _recorders)):
+        return True
+    return jit_tracing_state() is not None
 
 
 def backend_name_in_graph(group: Any) -> str:

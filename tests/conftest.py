@@ -1,7 +1,13 @@
+import os
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+
+if "--device=cuda" not in "=".join(sys.argv):  # ranks and other children inherit it
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do
+
 import torch
 from ranks import Ranks
 from versions import IS_DEVELOPMENT, MAY_WARN

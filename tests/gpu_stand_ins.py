@@ -1,23 +1,26 @@
 """Run the CUDA branches of the GPU check where there is no GPU.
 
     PYTHONPATH=.:launch python tests/gpu_stand_ins.py machine layer
+    PYTHONPATH=.:launch TRITON_INTERPRET=1 python tests/gpu_stand_ins.py triton
 
 Tensors that are asked for on "cuda" are made on the CPU, the operators of ops/cuda.py are those of
 test_cuda_kernels.py, and events, streams and the like do nothing. It shows that the code runs, not that a GPU agrees.
-Prints the records of the parts as JSON.
+The second command runs what is of Triton alone on small inputs, in its interpreter. Prints the records of the parts as
+JSON.
 """
 
 import contextlib
 import json
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
 import test_cuda_kernels
 import torch
 import torch.distributed as dist
-from experiment.gpu_check import determinism, launches, layer, machine, parts, step, worker
+from experiment.gpu_check import determinism, large, launches, layer, machine, parts, phase_cases, phases, step, worker
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -96,6 +99,7 @@ def stand_ins():
             (nn.SyncBatchNorm, "forward", sync_forward),
             (exchange, "_GATHER_BYTES", 0),
             (machine, "GIB", 2**26),
+            (phases, "BACK_ENDS", {"cuda": ("reference", "cuda")}),
             (layer, "_SHAPES", {"cuda": ((16, 14),)}),
             (layer, "_BATCH_SIZES", {"cuda": (2,)}),
             (layer, "_ROUNDS", {"cuda": 2}),
@@ -113,11 +117,26 @@ def stand_ins():
         yield
 
 
+def interpreted():
+    """Run Triton's phases on the CPU."""
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (phases, "BACK_ENDS", {"cpu": ("triton",)}),
+            (phase_cases, "_SHAPES", phase_cases._SHAPES[:2]),
+            (large, "_NUM", 264),
+            (large, "_PIECE", 64),
+            (large, "_END", 50),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        [of_phases, of_large] = parts.choose("phases,large")
+        return [worker.run(of_phases, "cpu"), worker.run(replace(of_large, needs=()), "cpu")]
+
+
 def main(names):
     with stand_ins():
         return [worker.run(part, "cuda") for part in parts.choose(",".join(names))]
 
 
 if __name__ == "__main__":
-    records = main(sys.argv[1:])
+    records = interpreted() if sys.argv[1:] == ["triton"] else main(sys.argv[1:])
     print(json.dumps(records))

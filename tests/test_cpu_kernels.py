@@ -840,8 +840,3 @@ def lost_view(rank, world_size):
 
 def test_a_weight_in_a_storage_that_was_freed(run):
     run(lost_view, 2)
-
-
-def test_the_former_name_of_the_kernels():
-    with syncbn.use_kernels("fused"):
-        assert backends._chosen == "cpu"

@@ -9,6 +9,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import gpu_check
@@ -16,12 +17,13 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from experiment.gpu_check import matrix, needs, parts, phase_cases, phases, report, worker
+from experiment.gpu_check import inputs, large, layer, matrix, needs, parts, phase_cases, phases, report, worker
 from experiment.gpu_check.outcome import FAILED, OK, SKIPPED, Outcome, Table, make_record
 from experiment.gpu_check.resnet import ResNet50
 from experiment.gpu_check.runner import ROOT, environment
 
-from syncbn.ops import cpu, reference, selfcheck
+import syncbn
+from syncbn.ops import backends, cpu, cuda, reference, selfcheck, triton
 
 HERE = Path(__file__).parent
 
@@ -138,6 +140,8 @@ def no_memory():
         ("compile", {"import_problem": lambda name: f"no {name}"}, FAILED, "needs Triton (pip install triton)"),
         ("ranks_one_gpu", {"import_problem": lambda name: f"no {name}"}, FAILED, "needs pytest"),
         ("nccl_ranks", {"num_gpus": lambda: 1}, SKIPPED, "needs 2 GPUs, 1 is here"),
+        ("large", {"import_problem": lambda name: f"no {name}"}, SKIPPED, "needs Triton (pip install triton): "),
+        ("large", {"free_memory": lambda: (20 * 2**30, 80 * 2**30)}, SKIPPED, "needs 24 GiB free"),
     ],
 )  # fmt: skip
 def test_what_a_gpu_machine_lacks(monkeypatch, name, probes, status, text):
@@ -152,7 +156,8 @@ def test_what_a_gpu_machine_lacks(monkeypatch, name, probes, status, text):
 
 def test_what_a_cpu_cannot_run_is_skipped():
     skipped = {p.name: found for p in parts.PARTS if (found := needs.unmet(p, "cpu"))}
-    assert skipped == {"nccl_ranks": (SKIPPED, "needs 2 CUDA GPUs"), "cuda_graph": (SKIPPED, "needs a CUDA GPU")}
+    one = SKIPPED, "needs a CUDA GPU"
+    assert skipped == {"nccl_ranks": (SKIPPED, "needs 2 CUDA GPUs"), "cuda_graph": one, "large": one}
 
 
 def test_slower_kernels_than_asked_for_are_a_failure():
@@ -160,6 +165,63 @@ def test_slower_kernels_than_asked_for_are_a_failure():
     assert record["status"] == FAILED
     assert len(record["failures"]) == 1
     assert "RuntimeWarning: syncbn.ops.cuda was compared" in record["summary"]
+
+
+def test_what_serves_is_named_and_must_be_the_quickest(monkeypatch):
+    layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3)
+    of_triton = type("TritonKernels", (), {"__module__": "syncbn.ops.triton.launch"})()
+    for kernels, name in ((of_triton, "triton"), (cuda, "cuda"), (reference, "reference")):
+        monkeypatch.setattr(backends, "choose", lambda *_, kernels=kernels: kernels)
+        assert inputs.back_end(layer, x) == name
+    monkeypatch.setattr(needs, "import_problem", lambda name: "")
+    assert inputs._slower("triton") is None
+    assert "on the reference kernels" in inputs._slower("reference")
+    assert "not on triton, though Triton is installed" in inputs._slower("cuda")
+    with inputs.within(inputs.OPERATORS):
+        assert inputs._slower("cuda") is None  # as was asked
+    monkeypatch.setattr(needs, "import_problem", lambda name: "no Triton")
+    assert inputs._slower("cuda") is None
+
+
+def test_the_goals_of_a_layer():
+    rows = [
+        {"MB": mb, "to SyncBatchNorm": [0.1, ratio, 2.0], "to copy, device": [1.0, to_copy, 2.0]}
+        for mb, ratio, to_copy in ((1.0, 0.5, 9.0), (16.0, 0.8, 1.2), (32.0, 0.6, 1.1))
+    ]
+    assert layer._goals(rows) == [
+        "at most 0.7 of nn.SyncBatchNorm's time: missed in 1 of 3, worst 0.80",
+        "at most 1.25 of 4 copies on the device for maps from 16 MB: met, worst 1.20",
+    ]
+    assert layer._goals(rows[:1])[1].endswith("not measured")
+
+
+def test_a_fault_at_the_end_of_a_large_tensor_is_found(monkeypatch):
+    def wrong(*args):
+        y, statistics = reference.forward_apply(*args)
+        y.view(-1)[-8:] = 0
+        return y, statistics
+
+    kernels = SimpleNamespace(**{phase: getattr(reference, phase) for phase in RESULTS})
+    monkeypatch.setattr(triton, "kernels_for", lambda *_, **__: kernels)
+    for name, value in (("_NUM", 264), ("_PIECE", 64), ("_END", 50)):
+        monkeypatch.setattr(large, name, value)
+    assert large.measure("cpu").failures == []
+    kernels.forward_apply = wrong
+    assert [f.partition(": ")[0] for f in large.measure("cpu").failures] == ["1x2x264, y", "264x2, y", "1x1x528, y"]
+    monkeypatch.setattr(triton, "kernels_for", lambda *_, **__: None)
+    assert "expected those of triton" in large.measure("cpu").failures[0]
+
+
+def test_triton_is_compared_in_its_interpreter():
+    command = [sys.executable, str(HERE / "gpu_stand_ins.py"), "triton"]
+    variables = environment() | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=150)
+    assert done.returncode == 0, done.stderr
+    of_phases, of_large = json.loads(done.stdout.splitlines()[-1])
+    assert of_phases["failures"] == of_large["failures"] == []
+    # three kinds of each of two shapes, one of the empty one, and for float32 mean/std = 1e4 in two layouts
+    assert [row["inputs"] for row in of_phases["tables"][0]["rows"]] == [7, 9, 7, 7]
+    assert len(of_large["tables"][0]["rows"]) == 3 * 4
 
 
 RESULTS = {  # of each phase, in the order of its return value; then what it changes in place
@@ -256,6 +318,27 @@ def test_a_failed_self_check_and_a_failed_build_are_failures(monkeypatch):
     assert "cpu is not available: FileNotFoundError: c++" in outcome.summary
 
 
+def test_a_failed_self_check_of_triton_does_not_decide(monkeypatch):
+    def refuse(*_):
+        warnings.warn("expected equal results, got NaN", RuntimeWarning, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(phase_cases, "_SHAPES", phase_cases._SHAPES[:1])
+    monkeypatch.setattr(phases, "BACK_ENDS", {"cpu": ("triton",)})
+    monkeypatch.setattr(needs, "import_problem", lambda name: "")
+    monkeypatch.setattr(selfcheck, "passes", refuse)
+    monkeypatch.setattr(
+        triton,
+        "kernels_for",
+        lambda x, *_, quietly: reference if selfcheck.passes("syncbn.ops.triton", None, x.device) else None,
+    )
+    assert set(phases.measure("cpu").failures) == {
+        "syncbn.ops.triton: the self-check failed: expected equal results, got NaN"
+    }
+    monkeypatch.setattr(needs, "import_problem", lambda name: "no Triton")
+    assert phases.measure("cpu").failures == ["triton is not available: no Triton"]
+
+
 def test_a_back_end_that_leaves_an_input_is_found(monkeypatch):
     monkeypatch.setattr(phase_cases, "_SHAPES", phase_cases._SHAPES[:1])
     monkeypatch.setattr(phases, "_open", lambda name: None)
@@ -318,7 +401,7 @@ def test_every_part_on_the_cpu(tmp_path):
     records = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert [record["name"] for record in records] == [p.name for p in parts.PARTS]
     for record in records:
-        assert record["status"] == (SKIPPED if record["name"] in ("nccl_ranks", "cuda_graph") else OK)
+        assert record["status"] == (SKIPPED if record["name"] in ("nccl_ranks", "cuda_graph", "large") else OK)
         assert record["status"] == SKIPPED or (record["tables"] and all(table["rows"] for table in record["tables"]))
         assert f"\n{record['name']} " in done.stdout
 
@@ -329,6 +412,10 @@ def test_the_cuda_branches_on_stand_ins():
     command = [sys.executable, str(HERE / "gpu_stand_ins.py"), *names, "cuda_graph"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=600)
     assert done.returncode == 0, done.stderr
-    *records, graph = json.loads(done.stdout.splitlines()[-1])
-    assert {record["name"]: record["failures"] for record in records} == {name: [] for name in names}
+    records = {record["name"]: record for record in json.loads(done.stdout.splitlines()[-1])}
+    graph = records.pop("cuda_graph")
+    assert {name: record["failures"] for name, record in records.items()} == {name: [] for name in names}
+    assert "not served by triton here" in str(records["machine"]["tables"])
+    columns = records["layer"]["tables"][0]["rows"][0]
+    assert {"to syncbn, cuda operators", "to copy", "to copy, device", "copy, time"} <= columns.keys()
     assert graph["summary"].endswith("a stand-in replays nothing")

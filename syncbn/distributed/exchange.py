@@ -15,7 +15,6 @@ from .groups import GroupSpec, current_world, rank_in_world
 Facts = tuple[Any, ...]  # for the observer: the input, whether it needs a gradient, eps, momentum
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
-
 # Called before every exchange, and may raise: the order check of `syncbn.debug`.
 _observer: Any = None
 _HINT = "Where the others were, SYNCBN_CHECK_ORDER=1 shows in the next run (see syncbn.debug)."
@@ -61,12 +60,9 @@ def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, f
     num_ranks = group.size()
     is_small = packed.numel() * num_ranks <= _GATHER_BYTES // 8
     if torch.compiler.is_compiling():  # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
-        gathers = is_small and packed.device.type == "cpu" and backend_name_in_graph(group) == "gloo"
-        return (
-            gather_in_graph(packed, group).view(num_ranks, -1).sum(0)
-            if gathers
-            else all_reduce_in_graph(packed, group)
-        )
+        if is_small and packed.device.type == "cpu" and backend_name_in_graph(group) == "gloo":
+            return gather_in_graph(packed, group).view(num_ranks, -1).sum(0)
+        return all_reduce_in_graph(packed, group)
     if _observer is not None:
         _observer.before_exchange(group, packed.numel(), name, direction, facts)
     try:

@@ -65,10 +65,6 @@ def _kind(
     return tuple(kind)
 
 
-def _layout(x: Tensor, weight: Tensor | None) -> object:
-    return x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
-
-
 class _BatchNorm(torch.autograd.Function):
     """The statistics of the whole batch are functions of x in backward. Saves x, weight and O(C) numbers."""
 
@@ -96,7 +92,8 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, statistics)
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.eps, ctx.group, ctx.name = kernels, eps, group, name
-        ctx.layout = None if torch.compiler.is_compiling() else _layout(x, weight)
+        if not torch.compiler.is_compiling():
+            ctx.layout = x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y  # type: ignore[no-any-return]
 
@@ -109,9 +106,10 @@ class _BatchNorm(torch.autograd.Function):
         dtypes = weight.dtype if needs_weight else None, ctx.bias_dtype if needs_bias else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(ctx, dy, x, weight, statistics, dtypes), *[None] * 9
-        is_compiling, kernels = torch.compiler.is_compiling(), ctx.kernels
-        if is_compiling or _layout(x, weight) != ctx.layout:  # which a hook or a conversion has changed since
-            kernels = reference
+        kernels = reference
+        if not torch.compiler.is_compiling():
+            layout = x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
+            kernels = ctx.kernels if layout == ctx.layout else reference  # changed by a hook or a conversion
         packed, grad_weight, grad_bias = kernels.backward_reduce(dy, x, statistics, *dtypes)
         dx = None
         if needs_dx:

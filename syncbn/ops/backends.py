@@ -1,9 +1,9 @@
 """The back ends of a training step, and which of them serves what.
 
 A back end implements four phases, none of which communicates: `reference` says what each computes, and runs anywhere
-and under torch.compile; `cpu` is C++, built on first use; `cuda` are torch's own operators for CUDA. Any of them can
-go on from what another computed. ``SYNCBN_KERNELS`` chooses: ``auto`` is the quickest that works here, ``cpu`` the
-same with a warning where C++ cannot be built.
+and under torch.compile; `cpu` is C++, built on first use; `triton` is for CUDA and ROCm; `cuda` are torch's own
+operators for CUDA. Any of them can go on from what another computed. ``SYNCBN_KERNELS`` chooses: ``auto`` is the
+quickest that works here, a name the same but for what that back end serves, with a warning where it cannot be had.
 """
 
 import os
@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 
 from ..private import are_transforms_active
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 
-CHOICES = ("auto", "reference", "cpu")
-_RENAMED = {"fused": "cpu"}  # former name of what is the same
+_BACK_ENDS = {"cpu": cpu, "triton": triton, "cuda": cuda}  # the first that serves an input is taken
+CHOICES = ("auto", "reference", *_BACK_ENDS)
 _MAX_KINDS = 4096  # kinds of input that are kept
-
-
 Kernels = Any  # forward_reduce, forward_apply, backward_reduce, backward_apply: see `reference`
 
 
 def _check(name: str) -> str:
-    name = _RENAMED.get(name, name)
     if name not in CHOICES:
         raise ValueError(f"SYNCBN_KERNELS: expected one of {', '.join(CHOICES)}, got {name!r}.")
     return name
@@ -39,7 +36,7 @@ _chosen = _check(os.environ.get("SYNCBN_KERNELS") or "auto")
 def use_kernels(name: str) -> Iterator[None]:
     """Choose the kernels of all layers inside the context, as ``SYNCBN_KERNELS`` does for the whole process.
 
-    ``name`` is "auto", "reference" or "cpu"; a ValueError for any other.
+    ``name`` is one of "auto", "reference", "cpu", "triton" and "cuda"; a ValueError for any other.
     """
     global _chosen, kernels_of
     before = _chosen, kernels_of
@@ -57,10 +54,12 @@ kernels_of = _kernels_by_choice[_chosen]  # by the kind of input: see `autograd`
 
 def choose(x: Tensor, *per_channel: Tensor | None) -> Kernels:
     """Choose the kernels for ``x`` and its weight, bias, running_mean and running_var."""
-    found: Kernels = None
     if _chosen != "reference" and not torch.compiler.is_compiling() and not are_transforms_active():
-        found = cpu.kernels_for(x, *per_channel, quietly=_chosen == "auto") or cuda.kernels_for(x)
-    return reference if found is None else found
+        for name in sorted(_BACK_ENDS, key=lambda name: name != _chosen):
+            kernels: Kernels = _BACK_ENDS[name].kernels_for(x, *per_channel, quietly=name != _chosen)
+            if kernels is not None:
+                return kernels
+    return reference
 
 
 def remember(table: dict[object, Kernels], kind: object, kernels: Kernels) -> None:

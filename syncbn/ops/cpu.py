@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..private import are_transforms_active, jit_tracing_state, num_dispatch_modes
 from . import build, reference, selfcheck
-from .layout import PLAIN, dense_view
+from .layout import KERNEL_DTYPES, PLAIN, dense_view, is_readable
 from .reference import Running
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in kernels.cpp
 _Dtype = torch.dtype | None
 _Maybe = Tensor | None
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -108,24 +107,17 @@ class CpuKernels:
 def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) -> CpuKernels | None:
     """Return the kernels for ``x``, weight, bias, running_mean and running_var; None for what they do not read."""
     layout = _layout_of(x, *per_channel)
-    if layout is None or not is_ready(quietly):
+    if layout is None or not is_ready(quietly) or _library is None:
         return None
-    assert _library is not None
     return CpuKernels(_library, layout, *per_channel[:2])
 
 
 def _layout_of(x: Tensor, *per_channel: Tensor | None) -> _Layout | None:
-    view, present = dense_view(x.shape, x.stride()), [t for t in per_channel if t is not None]
-    if view is None or _readable(x, x) is not x or not all(t.device.type == "cpu" for t in (x, *present)):
+    view = dense_view(x.shape, x.stride()) if x.is_cpu else None
+    if view is None or _readable(x, x) is not x or not is_readable(x, *per_channel):
         return None
-    if not all(type(t) in PLAIN and t.dtype in _DTYPES and not t.is_neg() for t in (x, *present)):
-        return None  # of a negative view memory holds the opposite
-    if not all(t.shape == (view[1],) and t.is_contiguous() for t in present):
-        return None
-    weight, bias, mean, var = (-1 if t is None else _DTYPES[t.dtype] for t in per_channel)
-    if mean != var or any(t is not None and t.is_inference() for t in per_channel[2:]):
-        return None  # statistics made in inference mode have no version to be raised
-    return _Layout(_DTYPES[x.dtype], *view, weight, bias, mean)
+    weight, bias, mean, _ = (-1 if t is None else KERNEL_DTYPES[t.dtype] for t in per_channel)
+    return _Layout(KERNEL_DTYPES[x.dtype], *view, weight, bias, mean)
 
 
 def _readable(dy: Tensor, x: Tensor) -> _Maybe:

@@ -1,9 +1,8 @@
 """The four phases on CUDA from the operators of torch's own nn.SyncBatchNorm, one kernel for each pass over x.
 
 For the statistics it is ``batch_norm_update_stats``, which gives the variance: from the ``1 / sqrt(var + eps)`` in
-float32 of ``batch_norm_stats``, one far below eps does not come back. Nothing waits for the device, no shape depends
-on values. This file has been run on CPU stand-ins for these operators only, so it is checked on its first use.
-`reference` says what each phase computes.
+float32 of ``batch_norm_stats``, one far below eps does not come back. Nothing waits for the device. It has been run on
+CPU stand-ins for these operators only, so it is checked on its first use. `reference` says what each phase computes.
 """
 
 import sys
@@ -21,11 +20,8 @@ _DEVICE_TYPE = "cuda"  # tests put stand-ins on another
 _passed: dict[torch.device, bool] = {}  # verdicts of the self-check
 
 
-def kernels_for(x: Tensor) -> ModuleType | None:
-    """Return this module for a plain CUDA tensor, not empty, contiguous or channels last, of less than 2**31 values.
-
-    The first such ``x`` on a device starts the self-check (`selfcheck.passes`), unless a CUDA graph is captured.
-    """
+def kernels_for(x: Tensor, *_: Tensor | None, quietly: bool = True) -> ModuleType | None:
+    """Return this module for a plain, dense CUDA tensor of less than 2**31 values; the first starts the self-check."""
     if x.device.type != _DEVICE_TYPE or type(x) not in PLAIN or x.numel() >= 2**31:
         return None
     if dense_view(x.shape, x.stride()) is None or not x.is_contiguous(memory_format=memory_format(x)):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)  # types; a subclass may mean something else
 SUM_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # of the passes over x; else its own
+KERNEL_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # numbered as in kernels.cpp
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -33,6 +34,20 @@ def dense_view(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, in
     return None
 
 
+def is_readable(x: Tensor, *per_channel: Tensor | None) -> bool:
+    """Whether kernels can read ``x``, weight, bias and running statistics from memory, and write the latter."""
+    present, (*_, mean, var) = [t for t in per_channel if t is not None], per_channel
+    for t in (x, *present):
+        if type(t) not in PLAIN or t.dtype not in KERNEL_DTYPES or t.is_neg() or t.device != x.device:
+            return False  # of a negative view memory holds the opposite
+    if not all(t.shape == (x.shape[1],) and t.is_contiguous() for t in present):
+        return False
+    if mean is None or var is None:
+        return mean is var
+    # statistics made in inference mode have no version to be raised
+    return mean.dtype == var.dtype and not mean.is_inference() and not var.is_inference()
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Return the memory format of a dense tensor, as torch names it."""
     last = _CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
@@ -40,8 +55,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def like(dy: Tensor, x: Tensor) -> Tensor:
-    """Return ``dy`` in the strides of ``x``: itself, or a copy."""
-    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+    """Return ``dy`` in the strides and dtype of ``x``: itself, or a copy."""
+    is_alike = dy.stride() == x.stride() and dy.dtype == x.dtype and not dy.is_neg()
+    return dy if is_alike else torch.empty_like(x).copy_(dy)
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:

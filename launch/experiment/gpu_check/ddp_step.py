@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn.compat import destroy_process_group
 
-from .inputs import draw, error_of
+from .inputs import back_end, draw, error_of
 from .outcome import Row
 
 _WORLD_SIZE = 2
@@ -47,7 +47,8 @@ def compare(device: str, backend: str, share: bool) -> tuple[list[Row], list[str
         truth = _one_process()
         for name, value in truth.items():
             error = max(error_of(state[name], value) for state in found)
-            rows.append({"dtype": str(dtype), "what": name, "error": error, "tolerance": tolerance})
+            row = {"dtype": str(dtype), "back end": found[0]["back end"], "what": name}
+            rows.append(row | {"error": error, "tolerance": tolerance})
             if error > tolerance:
                 failures.append(f"DDP step, {dtype}: {name} is off by {error:.3g}, tolerance {tolerance:.3g}")
     return rows, failures
@@ -83,7 +84,7 @@ def _one_process() -> dict[str, Tensor]:
 
 def _on_rank(rank: int, device: str, backend: str, share: bool, dtype: torch.dtype, folder: str) -> None:
     """Train on this rank's part, and save what came out."""
-    warnings.filterwarnings("error", message="(?i)syncbn", category=RuntimeWarning)  # no slower kernels unseen
+    warnings.filterwarnings("error", message="(?i)syncb", category=RuntimeWarning)  # no slower kernels unseen
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     if device == "cuda":
@@ -99,5 +100,7 @@ def _on_rank(rank: int, device: str, backend: str, share: bool, dtype: torch.dty
     mine = slice(2 * rank, 2 * rank + 2)
     batches = [[t[mine].to(device, dtype) for t in _batch(step)] for step in range(_NUM_STEPS)]
     found = _train(model, [(x, weights) for x, weights in batches])
-    torch.save({name.removeprefix("module."): value for name, value in found.items()}, Path(folder) / f"{rank}.pt")
+    kernels = back_end(model.module[1], draw((2, 8, 7, 7), dtype, device))
+    results = {name.removeprefix("module."): value for name, value in found.items()}
+    torch.save(results | {"back end": kernels}, Path(folder) / f"{rank}.pt")
     destroy_process_group()

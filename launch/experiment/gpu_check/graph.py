@@ -33,11 +33,11 @@ def measure(device: str) -> Outcome:
             for dtype, form in cases((torch.float32, torch.bfloat16)):
                 label = f"{name}, {name_of(dtype)}, {form}"
                 try:
-                    different = _compare(dtype, form, failures)
+                    kernels, different = _compare(dtype, form, failures)
                 except RuntimeError as error:  # of the capture: it leaves the process unusable
                     failures.append(f"{label}: {str(error).splitlines()[0]}")
                     return _outcome(rows, failures)
-                row = {"group": name, "dtype": name_of(dtype), "format": form}
+                row = {"group": name, "dtype": name_of(dtype), "format": form, "back end": kernels}
                 rows.append(row | {"different": ", ".join(different)})
                 failures += [f"{label}: {what} has other bits than eager" for what in different]
     return _outcome(rows, failures)
@@ -48,12 +48,12 @@ def _outcome(rows: list[Row], failures: list[str]) -> Outcome:
     return Outcome(summary, [Table("Replays against eager", rows, "What differs in any bit.")], failures)
 
 
-def _compare(dtype: torch.dtype, form: str, failures: list[str]) -> list[str]:
-    """Return the names of what differs."""
+def _compare(dtype: torch.dtype, form: str, failures: list[str]) -> tuple[str, list[str]]:
+    """Return the back end, and the names of what differs."""
     layer = make_layer("syncbn", _SHAPE[1], "cuda", full(dtype))
     eager = copy.deepcopy(layer)
     x, dy = (draw(_SHAPE, dtype, "cuda", form, seed=i) for i in range(2))
-    refuse_reference(layer, x, failures)
+    kernels = refuse_reference(layer, x, failures)
     graph, captured = _capture(layer, x.requires_grad_(), dy)
     layer.load_state_dict(eager.state_dict())  # in place: the warm-up has moved the statistics
     different = set()
@@ -67,7 +67,7 @@ def _compare(dtype: torch.dtype, form: str, failures: list[str]) -> list[str]:
         torch.cuda.synchronize()
         pairs = zip(_NAMES, [*captured, *layer.buffers()], [*expected, *eager.buffers()], strict=True)
         different |= {name for name, mine, other in pairs if not torch.equal(mine, other)}
-    return [name for name in _NAMES if name in different]
+    return kernels, [name for name in _NAMES if name in different]
 
 
 def _capture(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.ops import backends
 
+from . import needs
+
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+OPERATORS = "syncbn, cuda operators"  # the kind of a layer of ours that runs on torch's operators, not on Triton
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Relative to the largest value of a tensor. The full types as the library promises for mean/std up to 100; half types
 # at twice the rounding of their own values (2^-8 and 2^-11), for rounding upon rounding.
@@ -40,15 +44,21 @@ def draw(
 
 
 def make_layer(kind: str, num_features: int, device: str, dtype: torch.dtype, **options: Any) -> nn.Module:
-    """Make a layer with weights that are not 1: "BatchNorm2d", "SyncBatchNorm" of torch, or "syncbn"."""
-    cls = {"BatchNorm2d": nn.BatchNorm2d, "SyncBatchNorm": nn.SyncBatchNorm, "syncbn": syncbn.SyncBatchNorm}[kind]
-    layer: nn.Module = cls(num_features, device=device, dtype=dtype, **options)
+    """Make a layer with weights that are not 1: "BatchNorm2d", "SyncBatchNorm" of torch, "syncbn" or OPERATORS."""
+    ours = dict.fromkeys(("syncbn", OPERATORS), syncbn.SyncBatchNorm)
+    classes: dict[str, Any] = {"BatchNorm2d": nn.BatchNorm2d, "SyncBatchNorm": nn.SyncBatchNorm, **ours}
+    layer: nn.Module = classes[kind](num_features, device=device, dtype=dtype, **options)
     if len(parameters := list(layer.parameters())):
         weight, bias = parameters
         with torch.no_grad():
             weight.copy_(draw([num_features], torch.float32, "cpu", seed=7, mean=1.5))
             bias.copy_(draw([num_features], torch.float32, "cpu", seed=8))
     return layer
+
+
+def within(kind: str) -> AbstractContextManager[None]:
+    """Return the context in which a layer of this kind runs."""
+    return syncbn.use_kernels("cuda") if kind == OPERATORS else nullcontext()
 
 
 def run_layer(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
@@ -74,15 +84,25 @@ def back_end(layer: nn.Module, x: Tensor) -> str:
     names = ("weight", "bias", "running_mean", "running_var")
     kernels = backends.choose(x, *(getattr(layer, name) for name in names))
     module = kernels.__name__ if isinstance(kernels, ModuleType) else type(kernels).__module__
-    return module.rpartition(".")[2]
+    return module.partition(".ops.")[2].partition(".")[0]
 
 
 def refuse_reference(layer: nn.Module, x: Tensor, failures: list[str]) -> str:
-    """Return `back_end`; that a GPU is left to the reference kernels is a failure."""
+    """Return `back_end`; that a GPU is left to slower kernels than could be had is a failure."""
     name = back_end(layer, x)
-    if x.is_cuda and name == "reference":
-        failures.append(f"{name_of(x.dtype)}: the layer runs on the reference kernels, not on those for CUDA")
+    problem = _slower(name) if x.is_cuda else None
+    if problem is not None:
+        failures.append(f"{name_of(x.dtype)}, {tuple(x.shape)}: {problem}")
     return name
+
+
+def _slower(name: str) -> str | None:
+    """Return what is wrong with the back end that serves a GPU, if anything is."""
+    if name == "reference":
+        return "the layer runs on the reference kernels, not on those for CUDA"
+    if name == "cuda" and backends._chosen == "auto" and not needs.import_problem("triton"):
+        return "the layer runs on torch's operators (cuda), not on triton, though Triton is installed; choice: auto"
+    return None
 
 
 def cases(dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[torch.dtype, str]]:

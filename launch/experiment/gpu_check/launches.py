@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import gpu
 from .groups import fake_group
-from .inputs import cases, draw, full, make_layer, name_of, refuse_reference, run_layer
+from .inputs import OPERATORS, cases, draw, full, make_layer, name_of, refuse_reference, run_layer, within
 from .outcome import Outcome, Row, Table
 
 _SHAPE = (8, 64, 28, 28)
@@ -22,34 +22,36 @@ _NO_WORK_ON_CPU = ("empty", "new_empty", "view", "as_strided", "detach", "split"
 
 def measure(device: str) -> Outcome:
     """Count what a step of each layer launches."""
-    kinds = ("BatchNorm2d", "SyncBatchNorm", "syncbn") if device == "cuda" else ("BatchNorm2d", "syncbn")
+    kinds = ("BatchNorm2d", "SyncBatchNorm", OPERATORS, "syncbn") if device == "cuda" else ("BatchNorm2d", "syncbn")
     failures: list[str] = []
     rows, ours = [], Counter[str]()
     with fake_group():
         for dtype, form in cases((torch.float32, torch.bfloat16)):
             for kind in kinds:
-                passes = _count(kind, dtype, form, device, failures)
-                rows.append(_row(kind, dtype, form, passes))
+                with within(kind):
+                    kernels, passes = _count(kind, dtype, form, device, failures)
+                rows.append(_row(kind, dtype, form, kernels, passes))
                 if kind == "syncbn":
                     ours = passes[0] + passes[1]
                     if not ours:
                         failures.append(f"{name_of(dtype)}, {form}: syncbn launched nothing")
-    kernels = [{"name": name[:120], "times": times} for name, times in sorted(ours.items())]
+    launched: list[Row] = [{"name": name[:120], "times": times} for name, times in sorted(ours.items())]
     note = (
-        "All-reduces over the fake group launch nothing, its gather one kernel." if device == "cuda" else
+        "All-reduces over the fake group launch nothing, its gather one kernel. Expected of triton: 2 and 2."
+        if device == "cuda" else
         "On a CPU: operators. Where somebody counts them the C++ kernels stand back; nn.SyncBatchNorm refuses CPUs."
     )  # fmt: skip
-    last = rows[-1]
-    summary = f"syncbn {last['forward']} forward, {last['backward']} backward"
-    if device == "cuda":
-        summary += f"; nn.SyncBatchNorm {rows[-2]['forward']} and {rows[-2]['backward']}"
-    summary += f"; nn.BatchNorm2d {rows[-len(kinds)]['forward']} and {rows[-len(kinds)]['backward']}"
-    tables = [Table("Launches of a layer", rows, note), Table("What syncbn launches, the last row", kernels)]
+    *others, last = rows[-len(kinds) :]
+    summary = f"syncbn on {last['back end']} {last['forward']} forward, {last['backward']} backward"
+    for row in reversed(others):
+        name = row["layer"] if row["layer"] == OPERATORS else f"nn.{row['layer']}"
+        summary += f"; {name} {row['forward']} and {row['backward']}"
+    tables = [Table("Launches of a layer", rows, note), Table("What syncbn launches, the last row", launched)]
     return Outcome(summary, tables, failures)
 
 
-def _row(kind: str, dtype: torch.dtype, form: str, passes: list[Counter[str]]) -> Row:
-    row: Row = {"layer": kind, "dtype": name_of(dtype), "format": form}
+def _row(kind: str, dtype: torch.dtype, form: str, kernels: str, passes: list[Counter[str]]) -> Row:
+    row: Row = {"layer": kind, "dtype": name_of(dtype), "format": form, "back end": kernels}
     for name, names in zip(("forward", "backward"), passes, strict=True):
         row[name] = sum(names.values())
     both = passes[0] + passes[1]
@@ -58,19 +60,22 @@ def _row(kind: str, dtype: torch.dtype, form: str, passes: list[Counter[str]]) -
     return row
 
 
-def _count(kind: str, dtype: torch.dtype, form: str, device: str, failures: list[str]) -> list[Counter[str]]:
-    """Return what runs forward, and what runs backward."""
+def _count(
+    kind: str, dtype: torch.dtype, form: str, device: str, failures: list[str]
+) -> tuple[str, list[Counter[str]]]:
+    """Return the back end, if it is a layer of ours, and what runs forward, and what runs backward."""
     layer = make_layer(kind, _SHAPE[1], device, full(dtype))
     x, dy = (draw(_SHAPE, dtype, device, form, seed=i) for i in range(2))
     x.requires_grad_()
-    if kind == "syncbn":
-        refuse_reference(layer, x.detach(), failures)
+    kernels = ""
+    if kind in ("syncbn", OPERATORS):
+        kernels = refuse_reference(layer, x.detach(), failures) if device == "cuda" else "reference"
     for _ in range(3):  # checks and caches of the first calls
         run_layer(layer, x, dy)
     count = _launched if device == "cuda" else _operators
     outputs: list[Tensor] = []
     forward = count(lambda: outputs.append(layer(x)))
-    return [forward, count(lambda: torch.autograd.grad(outputs[0], [x, *layer.parameters()], dy))]
+    return kernels, [forward, count(lambda: torch.autograd.grad(outputs[0], [x, *layer.parameters()], dy))]
 
 
 def _operators(run: Callable[[], object]) -> Counter[str]:

@@ -1,9 +1,12 @@
-"""Part `layer`: the time of one layer, forward and backward, beside nn.BatchNorm2d and nn.SyncBatchNorm.
+"""Part `layer`: the time of one layer, forward and backward, beside torch's layers, its operators, and copies.
 
 All run in one process under a fake group of 8, in turn within every round, on inputs that together exceed the cache.
 Three times are taken on a GPU: `time` as a training loop sees it, waits of the host included; `device`, by events
 behind a sleep that lets the host run ahead, so that the GPU never waits for it; `host`, until the host comes back.
 nn.SyncBatchNorm waits for the GPU, so its host never runs ahead, and its `device` holds host work too.
+
+A step passes 8 times over a map: forward reads x twice and writes y, backward reads x and dy twice and writes dx. What
+memory allows is therefore the time of 4 copies, of 2 passes each: "copy".
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from syncbn.experiment.bench import timing
 
 from . import gpu
 from .groups import fake_group
-from .inputs import FORMATS, cases, full, make_layer, name_of, refuse_reference, run_layer
+from .inputs import FORMATS, OPERATORS, cases, full, make_layer, name_of, refuse_reference, run_layer, within
 from .outcome import Outcome, Row, Table
 
 _SHAPES = {  # of a ResNet-50: channels, height and width
@@ -28,17 +32,21 @@ _SHAPES = {  # of a ResNet-50: channels, height and width
     "cpu": ((16, 28), (64, 14), (256, 7)),
 }
 _BATCH_SIZES = {"cuda": (2, 32), "cpu": (2,)}
-_ROUNDS = {"cuda": 15, "cpu": 7}
+_ROUNDS = {"cuda": 11, "cpu": 7}
 _CALLS = 8  # of a layer in a round, on one input after the other; so few that the GPU's queue takes them all
 _CACHE = {"cuda": 60e6, "cpu": 16e6}  # bytes, where the device does not say
 _MAX_INPUTS = 160
 _SLEEP = 20_000_000  # cycles, some 10 ms: longer than the host takes for the calls of a round
+_GOALS = (  # column, limit, smallest map in MB, what it is
+    ("to SyncBatchNorm", 0.7, 0.0, "nn.SyncBatchNorm's time"),
+    ("to copy, device", 1.25, 16.0, "4 copies on the device"),
+)
 Passes = Mapping[str, Callable[[], object]]
 
 
 def measure(device: str) -> Outcome:
     """Time every layer that runs on the device, for all shapes, two dtypes and two memory formats."""
-    kinds = ("BatchNorm2d", "SyncBatchNorm", "syncbn") if device == "cuda" else ("BatchNorm2d", "syncbn")
+    kinds = ("BatchNorm2d", "SyncBatchNorm", OPERATORS, "syncbn") if device == "cuda" else ("BatchNorm2d", "syncbn")
     rows: list[Row] = []
     failures: list[str] = []
     with fake_group():
@@ -46,12 +54,26 @@ def measure(device: str) -> Outcome:
             for channels, size in _SHAPES[device]:
                 for dtype, form in cases((torch.float32, torch.bfloat16)):
                     rows.append(_measure((n, channels, size, size), dtype, form, kinds, device, failures))
-    ratios = [timing.geometric_mean([row[f"to {kind}"][1] for row in rows]) for kind in kinds[:-1]]
-    named = zip(kinds[:-1], ratios, strict=True)
-    summary = f"{len(rows)} cases; time to " + ", ".join(f"nn.{kind} {ratio:.2f}" for kind, ratio in named)
-    note = "µs for forward and backward: median (quartiles) over rounds; ratios of syncbn's time within a round."
-    note += "" if device == "cuda" else " nn.SyncBatchNorm refuses CPUs."
+    bases = [column for column in rows[0] if column.startswith("to ")]
+    ratios = [f"{base} {timing.geometric_mean([row[base][1] for row in rows]):.2f}" for base in bases]
+    goals = _goals(rows) if device == "cuda" else []
+    summary = "; ".join([*goals, f"{len(rows)} cases, geometric means {', '.join(ratios)}"])
+    note = "µs for forward and backward: median (quartiles) over rounds; ratios of syncbn's time within a round. "
+    note += f"Goals: {'; '.join(goals)}." if device == "cuda" else "nn.SyncBatchNorm refuses CPUs."
     return Outcome(summary, [Table("Layer, forward and backward", rows, note)], failures)
+
+
+def _goals(rows: list[Row]) -> list[str]:
+    """Say of each goal whether it is met in every row it is for."""
+    found = []
+    for column, limit, smallest, what in _GOALS:
+        ratios = [row[column][1] for row in rows if row["MB"] >= smallest]
+        num = sum(ratio > limit for ratio in ratios)
+        met = f"missed in {num} of {len(ratios)}" if num else "met"
+        result = f"{met}, worst {max(ratios):.2f}" if ratios else "not measured"
+        of = f" for maps from {smallest:g} MB" if smallest else ""
+        found.append(f"at most {limit:g} of {what}{of}: {result}")
+    return found
 
 
 def _measure(
@@ -60,13 +82,17 @@ def _measure(
     inputs = _draw_inputs(shape, dtype, form, device)
     layers = {kind: make_layer(kind, shape[1], device, full(dtype)) for kind in kinds}
     kernels = refuse_reference(layers["syncbn"], inputs[0][0].detach(), failures)
-    passes = {kind: _calls(layer, inputs) for kind, layer in layers.items()}
-    times = timing.interleave(passes, _ROUNDS[device], device=device)
-    row: Row = {"shape": "x".join(map(str, shape)), "dtype": name_of(dtype), "format": form, "back end": kernels}
-    for kind in kinds:
+    passes = {kind: _calls(partial(run_layer, layer), inputs) for kind, layer in layers.items()}
+    if device == "cuda":
+        passes["copy"] = _copies(inputs)
+    times = timing.interleave(passes, _ROUNDS[device], within, device)
+    row: Row = {"shape": "x".join(map(str, shape)), "MB": inputs[0][0].nbytes / 1e6, "dtype": name_of(dtype),
+                "format": form, "back end": kernels}  # fmt: skip
+    for kind in passes:
         row[f"{kind}, time"] = [1e6 / _CALLS * seconds for seconds in timing.quartiles(times[kind])]
-    for kind in kinds[:-1]:
-        row[f"to {kind}"] = list(timing.quartiles(timing.ratios(times, "syncbn", kind)))
+    for kind in passes:
+        if kind != "syncbn":
+            row[f"to {kind}"] = list(timing.quartiles(timing.ratios(times, "syncbn", kind)))
     return row | (_device_and_host(passes, _ROUNDS[device]) if device == "cuda" else {})
 
 
@@ -81,14 +107,25 @@ def _draw_inputs(shape: Sequence[int], dtype: torch.dtype, form: str, device: st
     return [tuple(t.clone().requires_grad_(i == 0) for i, t in enumerate(first)) for _ in range(num)]  # type: ignore[misc]
 
 
-def _calls(layer: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:
-    """Return what runs the layer on the next inputs; they go round."""
+def _copies(inputs: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:
+    """Return what copies x to a y twice, and dy to a dx twice."""
+    y, dx = (torch.empty_like(t) for t in inputs[0])
+
+    def copy(x: Tensor, dy: Tensor) -> None:
+        for target, source in ((y, x), (y, x), (dx, dy), (dx, dy)):
+            target.copy_(source)
+
+    return torch.no_grad()(_calls(copy, inputs))
+
+
+def _calls(run_one: Callable[[Tensor, Tensor], object], inputs: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:
+    """Return what makes calls on the next inputs; they go round."""
     position = 0
 
     def run() -> None:
         nonlocal position
         for _ in range(_CALLS):
-            run_layer(layer, *inputs[position])
+            run_one(*inputs[position])
             position = (position + 1) % len(inputs)
 
     return run
@@ -104,12 +141,14 @@ def _device_and_host(passes: Passes, num_rounds: int) -> dict[str, Any]:
             gpu.sleep(_SLEEP)
             start = gpu.record_event()
             begin = time.perf_counter()
-            run()
+            with within(kind):
+                run()
             host[kind].append(time.perf_counter() - begin)
             end = gpu.record_event()
             torch.cuda.synchronize()
             device[kind].append(start.elapsed_time(end) / 1e3)
-    return {
+    to_copy: Row = {"to copy, device": list(timing.quartiles(timing.ratios(device, "syncbn", "copy")))}
+    return to_copy | {
         f"{kind}, {what}": 1e6 / _CALLS * timing.quartiles(times[kind]).median
         for kind in passes
         for what, times in (("device", device), ("host", host))

@@ -8,8 +8,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
+
+from syncbn.ops import triton
 
 from . import gpu
 from .outcome import Outcome, Row, Table
@@ -21,10 +24,12 @@ _NUM_LAUNCHES = 500  # fewer than a GPU's queue takes (about 1000) before the ho
 def measure(device: str) -> Outcome:
     """Describe the machine and time a copy and a small operator."""
     bandwidth = _copy_bandwidth(device)
-    launch = _launch_cost(device)
+    x = torch.zeros(8, device=device)
+    launch = _host_cost(lambda: x.add_(1.0), device)
     facts = _gpu_facts() if device == "cuda" else {}
     facts |= {"CPU": _cpu_model(), "CPUs": os.cpu_count(), "torch threads": torch.get_num_threads()}
     facts |= {"copy, GB/s read and written": bandwidth, "one small operator, µs of the host": launch}
+    facts |= _triton_launches(device) if device == "cuda" else {}
     rows: list[Row] = [{"what": what, "value": value} for what, value in facts.items()]
     name = facts.get("GPU", facts["CPU"])
     summary = f"{name}: copy {bandwidth:.0f} GB/s, a small operator {launch:.1f} µs of the host"
@@ -70,16 +75,34 @@ def _median_seconds(run: Callable[[], object], device: str, num_runs: int) -> fl
     return statistics.median(times[2:])
 
 
-def _launch_cost(device: str) -> float:
-    """Return µs of host time for one operator on a few numbers."""
-    x = torch.zeros(8, device=device)
+def _triton_launches(device: str) -> Row:
+    """Return µs of the host for TritonKernels.forward_reduce, its kernel kept and launched by ``kernel[grid](…)``."""
+    x = torch.zeros(8, 8, 4, 4, device=device)
+    kept, other = (triton.kernels_for(x, None, None, None, None) for _ in range(2))
+    name = "TritonKernels.forward_reduce, µs of the host"
+    if kept is None or other is None:
+        return {name: "not served by triton here; the part phases says why"}
+    from syncbn.ops.triton.kernels import forward_reduce
+
+    with mock.patch.object(forward_reduce, "warmup", return_value=None) as warmup:
+        other.forward_reduce(x)  # finds nothing to keep, and goes Triton's public way
+    if not warmup.called:
+        raise AssertionError("expected TritonKernels to compile by warmup")
+    return {
+        name: _host_cost(lambda: kept.forward_reduce(x), device),
+        "the same by kernel[grid](…), µs of the host": _host_cost(lambda: other.forward_reduce(x), device),
+    }
+
+
+def _host_cost(run: Callable[[], object], device: str) -> float:
+    """Return µs of host time for ``run``, which launches one small thing."""
     times = []
     for _ in range(7):
         if device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(_NUM_LAUNCHES):
-            x.add_(1.0)
+            run()
         times.append((time.perf_counter() - begin) / _NUM_LAUNCHES)
     return 1e6 * statistics.median(times[1:])
 

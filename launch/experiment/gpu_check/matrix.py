@@ -36,7 +36,10 @@ def measure_gpus(device: str) -> Outcome:
 
 def _outcome(rows: list[Row], failures: list[str], num_passed: int, errors: list[Row], how: str) -> Outcome:
     worst = max((row["error"] / row["tolerance"] for row in errors), default=0.0)
-    summary = f"{how}: {num_passed} tests passed; DDP step, 2 ranks: worst error {worst:.2g} of the tolerance"
+    kernels = ", ".join(sorted({row["back end"] for row in errors}))
+    summary = (
+        f"{how}: {num_passed} tests passed; DDP step, 2 ranks, on {kernels}: worst error {worst:.2g} of the tolerance"
+    )
     tables = [Table("Tests by function", rows), Table("A step under DDP against one process in float64", errors)]
     return Outcome(summary, tables, failures)
 

@@ -18,7 +18,7 @@ def unmet(part: Part, device: str) -> tuple[str, str] | None:
     """Return the status of a part that cannot run here, and what it needs; None if it can.
 
     What a CPU cannot do, and what takes more GPUs, is skipped. On a GPU all else that is missing leaves the check
-    incomplete, and is a failure.
+    incomplete, and is a failure, but for an optional part.
     """
     if device == "cpu":
         if "cuda" in part.needs:
@@ -29,7 +29,7 @@ def unmet(part: Part, device: str) -> tuple[str, str] | None:
         return SKIPPED, f"needs 2 GPUs, {num_gpus()} is here"
     for text in (_package(part, device), _memory(part, device)):
         if text is not None:
-            return FAILED, text
+            return SKIPPED if part.is_optional else FAILED, text
     return None
 
 
@@ -41,7 +41,7 @@ def _package(part: Part, device: str) -> str | None:
     if "nccl" in part.needs and not has_nccl():
         return f"needs NCCL, which this torch ({torch.__version__}) was built without"
     if "triton" in part.needs and (problem := import_problem("triton")):
-        return f"needs Triton (pip install triton), whose kernels torch.compile generates on CUDA: {problem}"
+        return f"needs Triton (pip install triton): {problem}"
     return None
 
 

@@ -1,26 +1,27 @@
 """Part `phases`: the four phases of every back end of the device against float64, each deviation named.
 
-A back end that fails its self-check is replaced by the reference within the library. Here it is run all the same, so
-that the report says which phase is wrong and by how much, and the failed self-check is a failure of its own.
+A back end that fails its self-check is replaced by others within the library. Here it is run all the same, so that the
+report says which phase is wrong and by how much, and the failed self-check is a failure of its own. That of `triton`
+is run for each kind of input, as in the library.
 """
 
 from __future__ import annotations
 
 import warnings
-from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
 
-from syncbn.ops import cpu, cuda, reference, selfcheck
+from syncbn.ops import cpu, cuda, reference, selfcheck, triton
 
+from . import needs
 from .inputs import DTYPES, name_of
 from .outcome import Outcome, Row, Table
 from .phase_cases import Case, make_cases
 from .phase_errors import PHASES, KernelsFor, deviations
 
-BACK_ENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "cuda")}
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cuda": cuda}
+BACK_ENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "cuda", "triton")}
 
 
 def measure(device: str) -> Outcome:
@@ -35,13 +36,15 @@ def measure(device: str) -> Outcome:
             if "FileNotFoundError" not in reason:  # of a compiler; all else is a fault
                 failures.append(absent[-1])
             continue
-        kernels_for = _kernels_for(name)
+        refused: list[str] = []
+        kernels_for = _kernels_for(name, refused)
         for dtype in DTYPES:
-            row, found = _compare(name, kernels_for, make_cases(dtype, device, dense=name != "reference"), dtype)
+            row, found = _compare(name, kernels_for, make_cases(dtype, device, name), dtype)
             rows.append(row)
             failures += found
-        if name != "reference":
-            failures += _self_check(name, kernels_for, device)
+        if name in ("cpu", "cuda"):
+            refused += _self_check(name, kernels_for, torch.device(device))
+        failures += refused
     worst = max((max(row[name] for name in PHASES) for row in rows), default=0.0)
     num = sum(row["inputs"] for row in rows)
     summary = "; ".join([f"{num} inputs, worst error {worst:.2g} of the tolerance", *absent])
@@ -51,6 +54,8 @@ def measure(device: str) -> Outcome:
 
 def _open(name: str) -> str | None:
     """Make a back end ready without its self-check; return why that is not possible."""
+    if name == "triton":
+        return needs.import_problem("triton") or None
     if name != "cpu":
         return None
     with mock.patch.object(selfcheck, "passes", return_value=True):
@@ -58,16 +63,26 @@ def _open(name: str) -> str | None:
     return None if is_ready else cpu._problem or "it is not in this process"
 
 
-def _kernels_for(name: str) -> KernelsFor:
-    if name == "cpu":
-        return cpu.kernels_for
-    return lambda *_: _MODULES[name]
+def _kernels_for(name: str, refused: list[str]) -> KernelsFor:
+    """Return what finds the kernels of a back end; that of `triton` adds what its self-check finds to ``refused``."""
+    check = selfcheck.passes
+
+    def note(name: str, kernels_for: Any, device: torch.device, *cases: Any) -> bool:
+        refused.extend(_self_check(name, kernels_for, device, *cases, check=check))
+        return True
+
+    def find(*tensors: Any) -> Any:
+        with mock.patch.object(selfcheck, "passes", note):
+            return triton.kernels_for(*tensors, quietly=False)
+
+    found: dict[str, KernelsFor] = {"cpu": cpu.kernels_for, "triton": find}
+    return found.get(name, lambda *_: {"reference": reference, "cuda": cuda}[name])
 
 
-def _self_check(name: str, kernels_for: KernelsFor, device: str) -> list[str]:
+def _self_check(name: str, kernels_for: KernelsFor, device: torch.device, *cases: Any, check: Any = None) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        passed = selfcheck.passes(name, kernels_for, torch.device(device))
+        passed = (check or selfcheck.passes)(name, kernels_for, device, *cases)
     return [] if passed else [f"{name}: the self-check failed: {'; '.join(str(w.message) for w in caught)}"]
 
 

@@ -17,7 +17,7 @@ import syncbn
 from syncbn.experiment.bench import timing
 
 from .groups import fake_group
-from .inputs import FORMATS, draw
+from .inputs import FORMATS, draw, make_layer, refuse_reference
 from .outcome import Outcome, Row, Table
 from .resnet import ResNet50
 
@@ -54,7 +54,8 @@ def measure(device: str) -> Outcome:
         for setting in _SETTINGS[device]:
             label = f"{setting.batch_size}x3x{setting.height}x{setting.width}, {setting.precision}, {setting.form}"
             try:
-                rows.append({"images": label, **_measure(setting, kinds, device)})
+                kernels = _back_end(setting, device, failures)
+                rows.append({"images": label, "back end": kernels, **_measure(setting, kinds, device)})
             except RuntimeError as error:
                 failures.append(f"{label}: {type(error).__name__}: {str(error).splitlines()[0]}")
             if device == "cuda":
@@ -77,6 +78,14 @@ def _measure(setting: Setting, kinds: Sequence[str], device: str) -> Row:
     if device == "cuda":
         row |= {f"{kind}, peak": _peak(step) for kind, step in steps.items()}
     return row
+
+
+def _back_end(setting: Setting, device: str, failures: list[str]) -> str:
+    """Return what serves the first norm."""
+    shape = setting.batch_size, setting.channels, setting.height // 2, setting.width // 2
+    dtype = torch.bfloat16 if setting.precision == "bfloat16" else torch.float32
+    x = torch.empty(shape, dtype=dtype, device=device, memory_format=FORMATS[setting.form])
+    return refuse_reference(make_layer("syncbn", setting.channels, device, torch.float32), x, failures)
 
 
 def _make_step(setting: Setting, kind: str, device: str) -> Callable[[], object]:

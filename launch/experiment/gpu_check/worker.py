@@ -67,7 +67,9 @@ def _fallbacks(caught: list[warnings.WarningMessage]) -> list[str]:
     for warning in caught:
         print(warnings.formatwarning(warning.message, warning.category, warning.filename, warning.lineno), end="")
         text = str(warning.message)
-        if issubclass(warning.category, RuntimeWarning) and text.startswith(("syncbn", "SYNCBN")):
+        if issubclass(warning.category, RuntimeWarning) and text.lower().startswith(
+            "syncb"
+        ):  # syncbn.ops…, SYNCBN_KERNELS, SyncBatchNorm
             found.append(f"RuntimeWarning: {text}")
     return found
 
