@@ -131,13 +131,13 @@ def forward_apply(
                 share = zeros + tl.load(momentum_tensor)
             elif num_batches_tracked is not None:
                 share = 1.0 / (zeros + tl.load(num_batches_tracked))
-            moves = exists & (zeros + count > 0)
+            share = tl.where(zeros + count > 0, share, 0.0)  # nothing moves if all ranks are empty
             old = read(running_mean, c, exists, tl.float64)
             new = (old + (mean - old) * share).to(sum_type)
-            tl.store(running_mean + c, new.to(running_mean.dtype.element_ty), mask=moves)
+            tl.store(running_mean + c, new.to(running_mean.dtype.element_ty), mask=exists)
             old = read(running_var, c, exists, tl.float64)
             new = (old + (sqdev / (count - 1) - old) * share).to(sum_type)
-            tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=moves)
+            tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=exists)
     if weight is not None:
         invstd *= read(weight, c, exists, tl.float64)
     slope, constant = invstd.to(sum_type), zeros.to(sum_type)
