@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.utils._python_dispatch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +41,8 @@ class Without:
 
 def import_without():
     """Import syncbn without the names; return those that were there."""
-    owners = [torch, dist.distributed_c10d, dist.ProcessGroup, DistributedDataParallel]
+    modes = torch.utils._python_dispatch
+    owners = [torch, dist.distributed_c10d, dist.ProcessGroup, DistributedDataParallel, modes]
     found = {name for owner in (*owners, torch._C, torch._C._autograd) for name in NAMES if hasattr(owner, name)}
     find = importlib.util.find_spec
     find_some = mock.patch("importlib.util.find_spec", lambda name: None if name in MODULES else find(name))
@@ -151,6 +153,7 @@ def main(rank, store):
     import syncbn
 
     assert syncbn.ops.backends.choose(torch.ones(2, 3), *[None] * 4) is syncbn.ops.reference
+    assert syncbn.private.disable_modes()(lambda: 3)() == 3
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     torch.manual_seed(rank)
     for check in (check_splits, check_compiled, check_recomputation, check_groups, check_ddp, check_order_check):
