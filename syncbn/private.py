@@ -19,7 +19,7 @@ from .compat import all_gather_single
 are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 jit_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
-_get_mode = getattr(torch._C, "_get_dispatch_mode", None)
+_get_mode: Any = getattr(torch._C, "_get_dispatch_mode", None)
 _recorders = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "__members__", {}).values()
 # Without it: dispatch modes see the operators of Triton's interpreter.
 _nothing = contextmanager(lambda: (None for _ in range(1)))
@@ -46,7 +46,8 @@ _has_functional = importlib.util.find_spec("torch.distributed._functional_collec
 
 def is_traced() -> bool:
     """Whether operators are recorded to be run later, as by make_fx: a kernel's launch would be lost."""
-    if num_dispatch_modes() and (_get_mode is None or any(_get_mode(key) is not None for key in _recorders)):
+    is_known = _get_mode is not None and len(_recorders) > 0
+    if num_dispatch_modes() and not (is_known and all(_get_mode(key) is None for key in _recorders)):
         return True
     return jit_tracing_state() is not None
 

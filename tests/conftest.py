@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-if "--device=cuda" not in "=".join(sys.argv):  # ranks and other children inherit it
+if "--device=cuda" not in "=".join(
+    [*sys.argv, *os.environ.get("PYTEST_ADDOPTS", "").split()]
+):  # ranks and other children inherit it
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do
 
 import torch

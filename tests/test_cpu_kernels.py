@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import syncbn
 from syncbn import functional
 from syncbn.ops import backends, build, cpu, reference, selfcheck
+from syncbn.ops.autograd import alike
 from syncbn.ops.layout import SUM_DTYPE, per_channel
 from syncbn.ops.reference import Running
 
@@ -101,7 +102,7 @@ def truth(x, dy, statistics, weight, bias, sums):
 
 def ours(x, dy, summed, weight, bias, sums, eps=EPS):
     """Run the phases; return their results, and the statistics."""
-    kernels = kernels_for(x, weight, bias)
+    kernels, dy = kernels_for(x, weight, bias), alike(dy, x)
     y, statistics = kernels.forward_apply(x, summed, weight, bias, Running(), eps)
     dtypes = (None if t is None else t.dtype for t in (weight, bias))
     packed, grad_weight, grad_bias = kernels.backward_reduce(dy, x, statistics, *dtypes)

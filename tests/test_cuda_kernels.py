@@ -15,6 +15,7 @@ import syncbn
 from syncbn import compat, functional
 from syncbn.distributed import exchange
 from syncbn.ops import backends, cpu, cuda, reference, selfcheck
+from syncbn.ops.autograd import alike
 from syncbn.ops.layout import SUM_DTYPE, per_channel
 from syncbn.ops.reference import Running
 
@@ -131,6 +132,7 @@ def error(got, true):
 def two_parts(x, dy, weight, bias, eps=1e-5):
     """Run the phases on two uneven parts of a batch; return y, dx, sum_dy, sum_dy_xhat of all of it."""
     parts = list(zip(x.split([1, len(x) - 1]), dy.split([1, len(x) - 1]), strict=True))
+    parts = [(x, alike(dy, x)) for x, dy in parts]
     summed = sum(cuda.forward_reduce(x) for x, _ in parts)
     y, statistics = zip(*(cuda.forward_apply(x, summed, weight, bias, Running(), eps) for x, _ in parts), strict=True)
     torch.testing.assert_close(*statistics, rtol=0, atol=0, equal_nan=True)

@@ -21,7 +21,8 @@ from syncbn.ops.triton import launch
 
 driver = triton_stub.put_in_place()
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-backends._BACK_ENDS = {"cpu": SimpleNamespace(kernels_for=lambda x, *_, **__: triton_stub.kernels_for(x))}
+stub = SimpleNamespace(kernels_for=lambda x, *_, **__: triton_stub.kernels_for(x), __name__="stub")
+backends._BACK_ENDS = {"auto": [stub]}
 layer, calls, looked_up = syncbn.SyncBatchNorm(64), [], []
 x, dy = torch.randn(2, 64, 28, 28, requires_grad=True), torch.randn(2, 64, 28, 28)
 run = triton.JITFunction.run

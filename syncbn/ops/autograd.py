@@ -15,12 +15,9 @@ from torch.distributed import ProcessGroup
 from .. import private
 from ..distributed.exchange import DifferentiableSum, all_reduce
 from . import backends, recompute, reference
-from .backends import Kernels
 from .checks import check_input
-from .layout import per_channel
+from .layout import PLAIN, per_channel
 from .reference import Running
-
-_Dtypes = tuple[torch.dtype | None, torch.dtype | None]  # of weight and bias
 
 
 def train_step(
@@ -40,7 +37,7 @@ def train_step(
     """
     per_channel_tensors, table = (weight, bias, running.mean, running.var), backends.kernels_of
     kind = None if torch.compiler.is_compiling() else _kind(x, per_channel_tensors, num_features, not eps <= 0)
-    kernels: Kernels = None if kind is None else table.get(kind)
+    kernels: backends.Kernels = None if kind is None else table.get(kind)
     if kernels is None:  # not seen before
         check_input(x, weight, running.mean, eps, num_features)
         kernels = backends.choose(x, *per_channel_tensors)
@@ -106,16 +103,28 @@ class _BatchNorm(torch.autograd.Function):
         dtypes = weight.dtype if needs_weight else None, ctx.bias_dtype if needs_bias else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(ctx, dy, x, weight, statistics, dtypes), *[None] * 9
-        kernels = reference
-        if not torch.compiler.is_compiling():
+        kernels: backends.Kernels = reference
+        if not torch.compiler.is_compiling() and ctx.kernels is not reference:
             layout = x.stride(), x.dtype, None if weight is None else (weight.stride(), weight.dtype)
-            kernels = ctx.kernels if layout == ctx.layout else reference  # changed by a hook or a conversion
+            readable = alike(dy, x) if layout == ctx.layout else None  # a hook or a conversion may have changed x
+            if readable is not None:
+                kernels, dy = ctx.kernels, readable
         packed, grad_weight, grad_bias = kernels.backward_reduce(dy, x, statistics, *dtypes)
         dx = None
         if needs_dx:
             summed = all_reduce(packed, ctx.group, ctx.name, "backward", (x,))
             dx = kernels.backward_apply(dy, x, statistics, weight, summed)
         return dx, grad_weight, grad_bias, *[None] * 9
+
+
+def alike(dy: Tensor, x: Tensor) -> Tensor | None:
+    """Return ``dy`` in the strides and dtype of ``x``, as kernels take it; None for what they cannot read."""
+    if private.are_transforms_active() or (private.num_dispatch_modes() and private.is_traced()):
+        return None
+    if type(dy) not in PLAIN or dy.layout is not torch.strided:
+        return None
+    is_alike = dy.stride() == x.stride() and dy.dtype == x.dtype and dy.data_ptr() and not dy.is_neg()
+    return dy if is_alike else torch.empty_like(x).copy_(dy)
 
 
 def _refuse_one_value(count: Tensor) -> None:
@@ -127,7 +136,7 @@ def _refuse_one_value(count: Tensor) -> None:
 
 
 def _differentiable_backward(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor, dtypes: _Dtypes
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor, dtypes: tuple[Any, ...]
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients so that autograd can differentiate them again (``create_graph=True``).
 

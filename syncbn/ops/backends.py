@@ -17,8 +17,9 @@ from torch import Tensor
 from ..private import are_transforms_active
 from . import cpu, cuda, reference, triton
 
-_BACK_ENDS = {"cpu": cpu, "triton": triton, "cuda": cuda}  # the first that serves an input is taken
-CHOICES = ("auto", "reference", *_BACK_ENDS)
+_ALL = (cpu, triton, cuda)  # the first that serves an input is taken
+_BACK_ENDS = {"auto": _ALL, "reference": (), "cpu": _ALL, "triton": (triton, cpu, cuda), "cuda": (cuda, cpu)}
+CHOICES = tuple(_BACK_ENDS)
 _MAX_KINDS = 4096  # kinds of input that are kept
 Kernels = Any  # forward_reduce, forward_apply, backward_reduce, backward_apply: see `reference`
 
@@ -54,9 +55,9 @@ kernels_of = _kernels_by_choice[_chosen]  # by the kind of input: see `autograd`
 
 def choose(x: Tensor, *per_channel: Tensor | None) -> Kernels:
     """Choose the kernels for ``x`` and its weight, bias, running_mean and running_var."""
-    if _chosen != "reference" and not torch.compiler.is_compiling() and not are_transforms_active():
-        for name in sorted(_BACK_ENDS, key=lambda name: name != _chosen):
-            kernels: Kernels = _BACK_ENDS[name].kernels_for(x, *per_channel, quietly=name != _chosen)
+    if not torch.compiler.is_compiling() and not are_transforms_active():
+        for module in _BACK_ENDS[_chosen]:
+            kernels: Kernels = module.kernels_for(x, *per_channel, quietly=not module.__name__.endswith(_chosen))
             if kernels is not None:
                 return kernels
     return reference

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..private import are_transforms_active, jit_tracing_state, num_dispatch_modes
 from . import build, reference, selfcheck
-from .layout import KERNEL_DTYPES, PLAIN, dense_view, is_readable
+from .layout import KERNEL_DTYPES, dense_view, is_readable
 from .reference import Running
 
 _Dtype = torch.dtype | None
@@ -80,12 +80,12 @@ class CpuKernels:
     def backward_reduce(
         self, dy: Tensor, x: Tensor, statistics: Tensor, weight_dtype: _Dtype, bias_dtype: _Dtype
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if (dy_like_x := _readable(dy, x)) is None:
+        if num_dispatch_modes():  # they are to see all operators
             return reference.backward_reduce(dy, x, statistics, weight_dtype, bias_dtype)
         packed = torch.empty_like(self.sums)
         grad_weight = None if weight_dtype is None or self.weight is None else torch.empty_like(self.weight)
         grad_bias = None if bias_dtype is None or self.bias is None else torch.empty_like(self.bias)
-        pointers = [dy_like_x.data_ptr(), x.data_ptr(), statistics.data_ptr(), packed.data_ptr()]
+        pointers = [dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), packed.data_ptr()]
         for t in (grad_weight, grad_bias):
             pointers.append(0 if t is None else t.data_ptr())
         if self.functions[2](self.address, torch.get_num_threads(), *pointers):
@@ -93,12 +93,12 @@ class CpuKernels:
         return packed, grad_weight, grad_bias
 
     def backward_apply(self, dy: Tensor, x: Tensor, statistics: Tensor, weight: _Maybe, summed: Tensor) -> Tensor:
-        if (dy_like_x := _readable(dy, x)) is None:
+        if num_dispatch_modes():
             return reference.backward_apply(dy, x, statistics, weight, summed)
         dx, address = torch.empty_like(x), 0  # of a weight that was freed, too
         if weight is not None and weight.untyped_storage().data_ptr():
             address = weight.data_ptr()
-        pointers = dy_like_x.data_ptr(), x.data_ptr(), statistics.data_ptr(), address, summed.data_ptr(), dx.data_ptr()
+        pointers = dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), address, summed.data_ptr(), dx.data_ptr()
         if self.functions[3](self.address, torch.get_num_threads(), *pointers):
             raise RuntimeError(_FREED)
         return dx
@@ -113,21 +113,13 @@ def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) ->
 
 
 def _layout_of(x: Tensor, *per_channel: Tensor | None) -> _Layout | None:
-    view = dense_view(x.shape, x.stride()) if x.is_cpu else None
-    if view is None or _readable(x, x) is not x or not is_readable(x, *per_channel):
+    if not x.is_cpu or not is_readable(x, *per_channel) or num_dispatch_modes() or jit_tracing_state() is not None:
+        return None
+    view = dense_view(x.shape, x.stride()) if not are_transforms_active() and x.data_ptr() else None
+    if view is None:
         return None
     weight, bias, mean, _ = (-1 if t is None else KERNEL_DTYPES[t.dtype] for t in per_channel)
     return _Layout(KERNEL_DTYPES[x.dtype], *view, weight, bias, mean)
-
-
-def _readable(dy: Tensor, x: Tensor) -> _Maybe:
-    """Return ``dy`` in the strides and dtype of ``x``; None for a subclass, or while a tracer or mode is active."""
-    if num_dispatch_modes() or jit_tracing_state() is not None or are_transforms_active():
-        return None
-    if type(dy) not in PLAIN or dy.layout is not torch.strided:
-        return None
-    is_alike = dy.stride() == x.stride() and dy.dtype == x.dtype and dy.data_ptr() and not dy.is_neg()
-    return dy if is_alike else torch.empty_like(x).copy_(dy)
 
 
 def is_ready(quietly: bool = True) -> bool:

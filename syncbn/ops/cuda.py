@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference, selfcheck
-from .layout import PLAIN, SUM_DTYPE, dense_view, like, memory_format
+from .layout import PLAIN, SUM_DTYPE, dense_view, memory_format
 from .reference import Running
 
 _DEVICE_TYPE = "cuda"  # tests put stand-ins on another
@@ -66,7 +66,7 @@ def backward_reduce(
     mean, invstd = _mean_invstd(statistics, x)
     # sum_dy_xhat is the gradient of a weight, of which only the dtype is read
     sum_dy, _, sum_dy_xhat, _ = torch.batch_norm_backward_reduce(
-        like(dy, x), x, mean, invstd, invstd, input_g=True, weight_g=True, bias_g=False
+        dy, x, mean, invstd, invstd, input_g=True, weight_g=True, bias_g=False
     )
     grad_weight = None if weight_dtype is None else sum_dy_xhat.to(weight_dtype)
     grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype)
@@ -80,7 +80,7 @@ def backward_apply(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | N
     # the operator's own count is an int32, which more than 2**31 values per channel overflow: it gets 1, and means
     _, one = _zero_one(x.device, torch.int32)
     weight = None if weight is None else weight.to(mean.dtype)
-    return torch.batch_norm_backward_elemt(like(dy, x), x, mean, invstd, weight, mean_dy, mean_dy_xmu, one)
+    return torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight, mean_dy, mean_dy_xmu, one)
 
 
 def _mean_invstd(statistics: Tensor, x: Tensor) -> tuple[Tensor, ...]:

@@ -38,8 +38,10 @@ def is_readable(x: Tensor, *per_channel: Tensor | None) -> bool:
     """Whether kernels can read ``x``, weight, bias and running statistics from memory, and write the latter."""
     present, (*_, mean, var) = [t for t in per_channel if t is not None], per_channel
     for t in (x, *present):
-        if type(t) not in PLAIN or t.dtype not in KERNEL_DTYPES or t.is_neg() or t.device != x.device:
-            return False  # of a negative view memory holds the opposite
+        if type(t) not in PLAIN or t.dtype not in KERNEL_DTYPES or t.layout is not torch.strided:
+            return False
+        if t.is_neg() or t.device != x.device:  # of a negative view memory holds the opposite
+            return False
     if not all(t.shape == (x.shape[1],) and t.is_contiguous() for t in present):
         return False
     if mean is None or var is None:
@@ -52,12 +54,6 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """Return the memory format of a dense tensor, as torch names it."""
     last = _CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
     return last if not x.is_contiguous() and x.is_contiguous(memory_format=last) else torch.contiguous_format
-
-
-def like(dy: Tensor, x: Tensor) -> Tensor:
-    """Return ``dy`` in the strides and dtype of ``x``: itself, or a copy."""
-    is_alike = dy.stride() == x.stride() and dy.dtype == x.dtype and not dy.is_neg()
-    return dy if is_alike else torch.empty_like(x).copy_(dy)
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def backward_reduce(
     """Compute ``packed = [sum_dy, sum_dy_xhat]`` of this rank per channel, with ``xhat = (x - mean) * invstd``.
 
     Returns ``packed``, ``(2C,)``, float64, zeros where ``x`` is empty; and the gradients of weight and bias, ``(C,)``,
-    of this rank, in the dtypes given, None for None.
+    of this rank, in the dtypes given, None for None. Other back ends take ``dy`` as `autograd.alike` returns it.
     """
     dims, dtype = [0, *range(2, x.dim())], SUM_DTYPE.get(x.dtype, x.dtype)
     mean, invstd = statistics[:-1].chunk(2)

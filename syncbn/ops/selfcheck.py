@@ -69,7 +69,8 @@ def _run(
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Run the phases, each on what is ``given``, else on the results before; return all results, and what to give."""
     weight, bias, mean, var = (None if t is None else t.clone() for t in per_channel)
-    packed = kernels.forward_reduce(x)
+    counted = torch.zeros((), dtype=torch.int64, device=x.device)
+    packed = kernels.forward_reduce(x, counted)
     use = given or (packed,)
     y, statistics = kernels.forward_apply(x, use[0], weight, bias, Running(mean, var, None, 0.3), 0.01)
     use = given or (packed, statistics)
@@ -78,5 +79,5 @@ def _run(
     )
     use = given or (packed, statistics, sums)
     dx = kernels.backward_apply(dy, x, use[1], weight, use[2])
-    results = [*reference.moments(packed), packed[-1:]], [y, statistics, mean, var], [sums, *gradients], [dx]
+    results = [*reference.moments(packed), packed[-1:], counted], [y, statistics, mean, var], [sums, *gradients], [dx]
     return [torch.cat([t.double().flatten() for t in ts if t is not None]) for ts in results], use

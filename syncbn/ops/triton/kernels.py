@@ -23,13 +23,13 @@ def begin(outer, channels, inner, rows: tl.constexpr, block: tl.constexpr, width
     channels = channels * vector if width == 1 else channels
     inner = 1 if width == 1 else inner * vector
     c = tl.program_id(0) * block + tl.arange(0, block)
-    return channels, inner, tl.cdiv(outer, rows) * tl.cdiv(inner, width), c, c < channels
+    return channels, inner, ((outer - 1) // rows + 1) * ((inner - 1) // width + 1), c, c < channels  # no overflow
 
 
 @triton.jit
 def locate(tile, c, outer, channels, inner, rows: tl.constexpr, width: tl.constexpr):
     """Return offsets and mask, ``(rows, block, width)``, of a tile, and how many values per channel it has."""
-    zero, across = tl.zeros((), tl.int64), tl.cdiv(inner, width)  # offsets need 64 bits
+    zero, across = tl.zeros((), tl.int64), (inner - 1) // width + 1  # offsets need 64 bits
     first_row, first = (tile // across + zero) * rows, (tile % across + zero) * width
     row, s = (first_row + tl.arange(0, rows))[:, None, None], (first + tl.arange(0, width))[None, None, :]
     mask = (row < outer) & (c < channels)[None, :, None] & (s < inner)
@@ -131,12 +131,11 @@ def forward_apply(
                 share = zeros + tl.load(momentum_tensor)
             elif num_batches_tracked is not None:
                 share = 1.0 / (zeros + tl.load(num_batches_tracked))
-            share = tl.where(zeros + count > 0, share, 0.0)  # nothing moves if all ranks are empty
-            old = read(running_mean, c, exists, tl.float64)
-            new = (old + (mean - old) * share).to(sum_type)
+            moves, old = zeros + count > 0, read(running_mean, c, exists, tl.float64)
+            new = tl.where(moves, old + (mean - old) * share, old).to(sum_type)
             tl.store(running_mean + c, new.to(running_mean.dtype.element_ty), mask=exists)
             old = read(running_var, c, exists, tl.float64)
-            new = (old + (sqdev / (count - 1) - old) * share).to(sum_type)
+            new = tl.where(moves, old + (sqdev / (count - 1) - old) * share, old).to(sum_type)
             tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=exists)
     if weight is not None:
         invstd *= read(weight, c, exists, tl.float64)

@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...private import disable_modes, is_traced, num_dispatch_modes
-from .. import reference
-from ..layout import like
+from ...private import disable_modes
 from ..reference import Running
 from . import kernels
 from .tiles import Tile
@@ -45,8 +43,9 @@ class TritonKernels:
         self.is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing if x.is_cuda else bool
 
     def forward_reduce(self, x: Tensor, num_batches_tracked: _Maybe = None) -> Tensor:
-        packed, variant = torch.empty_like(self.packed), (x.data_ptr() % 16, num_batches_tracked is None)
-        self._launch("forward_reduce", variant, x, packed, num_batches_tracked)
+        packed, counted = torch.empty_like(self.packed), num_batches_tracked
+        variant = x.data_ptr() % 16, counted if counted is None else counted.dtype
+        self._launch("forward_reduce", variant, x, packed, counted)
         return packed
 
     def forward_apply(
@@ -57,13 +56,13 @@ class TritonKernels:
             mean = var = counted = momentum = None
         else:
             torch.autograd.graph.increment_version((mean, var))
+        counted = counted if momentum is None else None
         tensor, share = None, (0.0, 0.0)
-        if isinstance(momentum, Tensor) and (momentum.device == x.device):
+        if isinstance(momentum, Tensor) and momentum.device == self.device:
             tensor = momentum.double()
         elif momentum is not None:
             share = halves(float(momentum))  # a tensor on the CPU
-        counted = counted if momentum is None else None
-        variant = x.data_ptr() % 16, mean is None, counted is None, tensor is None
+        variant = x.data_ptr() % 16, mean is None, counted if counted is None else counted.dtype, tensor is None
         given = x, y, summed, statistics, weight, bias, mean, var, counted, tensor
         self._launch("forward_apply", variant, *given, *share, *halves(eps))
         return y, statistics
@@ -71,10 +70,6 @@ class TritonKernels:
     def backward_reduce(
         self, dy: Tensor, x: Tensor, statistics: Tensor, weight_dtype: _Dtype, bias_dtype: _Dtype
     ) -> tuple[Tensor, _Maybe, _Maybe]:
-        if num_dispatch_modes() and is_traced():
-            return reference.backward_reduce(dy, x, statistics, weight_dtype, bias_dtype)
-        if dy.stride() != x.stride() or dy.dtype != x.dtype or dy.is_neg():
-            dy = like(dy, x)
         packed, new = self.packed.new_empty(2 * self.channels), self.packed.new_empty
         grad_weight = None if weight_dtype is None else new(self.channels, dtype=weight_dtype)
         grad_bias = None if bias_dtype is None else new(self.channels, dtype=bias_dtype)
@@ -83,10 +78,6 @@ class TritonKernels:
         return packed, grad_weight, grad_bias
 
     def backward_apply(self, dy: Tensor, x: Tensor, statistics: Tensor, weight: _Maybe, summed: Tensor) -> Tensor:
-        if num_dispatch_modes() and is_traced():
-            return reference.backward_apply(dy, x, statistics, weight, summed)
-        if dy.stride() != x.stride() or dy.dtype != x.dtype or dy.is_neg():
-            dy = like(dy, x)
         dx, variant = torch.empty_like(x), (x.data_ptr() | dy.data_ptr()) % 16
         self._launch("backward_apply", variant, x, dy, dx, statistics, weight, summed)
         return dx
