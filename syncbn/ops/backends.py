@@ -3,7 +3,7 @@
 A back end implements four phases, none of which communicates: `reference` says what each computes, and runs anywhere
 and under torch.compile; `cpu` is C++, built on first use; `triton` is for CUDA and ROCm; `cuda` are torch's own
 operators for CUDA. Any of them can go on from what another computed. ``SYNCBN_KERNELS`` chooses: ``auto`` is the
-quickest that works here, a name the same but for what that back end serves, with a warning where it cannot be had.
+quickest that works here; ``cpu`` and ``triton`` are the same, with a warning where C++ or Triton cannot be had.
 """
 
 import os
