@@ -309,6 +309,7 @@ def test_what_it_serves(monkeypatch):
         assert not served(other)
     assert not served(x.as_subclass(type("Other", (torch.Tensor,), {})))
     assert not served(x.to("meta"))
+    assert not served(x.to_sparse())
     assert not served(x, quietly=True)  # unasked the interpreter is not taken
     assert not served(x, ones, None, ones, None)
     assert not served(x, torch.ones(6)[::2], None, None, None)

@@ -119,7 +119,9 @@ class _BatchNorm(torch.autograd.Function):
 
 def alike(dy: Tensor, x: Tensor) -> Tensor | None:
     """Return ``dy`` in the strides and dtype of ``x``, as kernels take it; None for what they cannot read."""
-    if private.are_transforms_active() or (private.num_dispatch_modes() and private.is_traced()):
+    if private.are_transforms_active() or private.jit_tracing_state() is not None:
+        return None
+    if private.num_dispatch_modes() and private.is_traced():
         return None
     if type(dy) not in PLAIN or dy.layout is not torch.strided:
         return None

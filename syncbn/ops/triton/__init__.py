@@ -27,10 +27,11 @@ def kernels_for(x: Tensor, *per_channel: Tensor | None, quietly: bool = True) ->
     The first input of a kind compiles its kernels, within seconds, and compares them with the reference
     (`selfcheck.passes`). While a CUDA graph is captured, other kernels serve what was not seen before.
     """
-    device, view = x.device, (0, x.shape[1], 1) if x.numel() == 0 else dense_view(x.shape, x.stride())
-    if view is None or not (device.type == "cuda" or (device.type == "cpu" and not quietly)):
+    device = x.device
+    if not (device.type == "cuda" or (device.type == "cpu" and not quietly)) or not is_readable(x, *per_channel):
         return None
-    if not is_readable(x, *per_channel) or is_traced() or (launch := _import(device, quietly)) is None:
+    view = (0, x.shape[1], 1) if x.numel() == 0 else dense_view(x.shape, x.stride())
+    if view is None or is_traced() or (launch := _import(device, quietly)) is None:
         return None
     if cuda.is_capturing():
         warnings.warn(_CAPTURED, RuntimeWarning, stacklevel=4)
