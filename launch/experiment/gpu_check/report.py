@@ -37,6 +37,7 @@ def collect_facts(device: str, command: str, date: str) -> dict[str, str]:
         "cuDNN": _cudnn() if device == "cuda" else "not used",
         "NCCL": _nccl(),
         "Triton": _version("triton"),
+        "C compiler, for Triton": shutil.which("gcc") or shutil.which("clang") or "none found",
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} CPUs",
     }
 
