@@ -1,7 +1,6 @@
 """The four phases on CUDA and ROCm in Triton: two launches forward, two backward, no wait for the device.
 
-`kernels` are the kernels, `tiles` how their work is cut, `launch` how they are launched. With ``TRITON_INTERPRET=1``
-and ``SYNCBN_KERNELS=triton`` they run on CPU tensors, in Triton's interpreter, which is how they are tested.
+With ``TRITON_INTERPRET=1`` and ``SYNCBN_KERNELS=triton`` they run on CPU tensors, in Triton's interpreter, for tests.
 """
 
 import threading

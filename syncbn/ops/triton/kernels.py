@@ -6,9 +6,11 @@ however large the mean; per channel all is float64. Programs that share a channe
 them in one order: equal bits in every run. Python floats arrive as float32, so eps and momentum come as two numbers.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+_IS_AMD = tl.constexpr(torch.version.hip is not None)
 _NUMBERS = ("outer", "channels", "inner", "splits", "eps", "eps_rest", "momentum", "momentum_rest")
 _PER_CHANNEL = (
     "packed", "summed", "statistics", "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
@@ -62,6 +64,8 @@ def add_up(first, second, partials, counters, c, channels, splits, block: tl.con
         mine = partials + split * 2 * channels + c
         tl.store(mine, first, mask=c < channels)
         tl.store(mine + channels, second, mask=c < channels)
+        if _IS_AMD:  # whose barrier does not wait for stores, as this does
+            tl.atomic_xchg(mine + channels, second, mask=c < channels, sem="acq_rel", scope="gpu")
         tl.debug_barrier()  # all threads have stored before one of them counts
         is_last_program = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
         if is_last_program:

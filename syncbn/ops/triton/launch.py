@@ -110,9 +110,8 @@ class TritonKernels:
             with suppress(AttributeError):  # private names of Triton, without which each launch takes longer
                 has_constants = len(compiled.src.signature) > len(fixed) + len(arguments)  # not in Triton 3.2
                 given = (*constants, *fixed) if has_constants else fixed
-                start = compiled.run  # loads it, so there is no function before
-                handles = stream, compiled.function, compiled.packed_metadata, None, None, None
-                launch = partial(start, *grid, *handles, *given)
+                run = compiled.run  # loads it, so there is no function before
+                launch = partial(run, *grid, stream, compiled.function, compiled.packed_metadata, *[None] * 3, *given)
         self.compiled.add((name, variant))
         if not is_capturing:
             self.ready[name, variant, stream] = launch

@@ -9,10 +9,7 @@ _PROGRAMS = 4  # of eight warps, for each multiprocessor
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for: ``rows * block * width`` values of a view ``(outer, channels, inner)`` at a time.
-
-    ``vector`` divides what is contiguous (channels if ``width`` is 1, else inner values): a load takes so many.
-    """
+    """Values of ``(outer, channels, inner)`` at a time; ``vector`` divides inner, or channels if ``width`` is 1."""
 
     rows: int
     block: int
