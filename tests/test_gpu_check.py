@@ -213,6 +213,7 @@ def test_a_fault_at_the_end_of_a_large_tensor_is_found(monkeypatch):
     assert "expected those of triton" in large.measure("cpu").failures[0]
 
 
+@pytest.mark.slow
 def test_triton_is_compared_in_its_interpreter():
     command = [sys.executable, str(HERE / "gpu_stand_ins.py"), "triton"]
     variables = environment() | {"TRITON_INTERPRET": "1"}
