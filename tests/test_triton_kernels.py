@@ -16,7 +16,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from oracle import compare, make_case, truth
 from test_batchnorm import RTOL, run_cases
-from test_cuda_kernels import SYNCS, TOLERANCE, error, laid_out, sum_dtype, traced, whole
+from test_cuda_kernels import SYNCS, TOLERANCE, error, laid_out, sum_dtype, traced, traces_on_a_rank, whole
 from test_properties import COMMON, SEED, programs
 from test_properties import check as check_programs
 from torch import nn
@@ -499,7 +499,7 @@ def trace_on_a_rank(rank, world_size):
 
 
 def test_two_launches_and_one_collective_each_way(run):
-    """nn.SyncBatchNorm dispatches some 12 operators forward and 4 backward, with three waits: test_cuda_kernels."""
+    """Beside the function under torch's nn.SyncBatchNorm, on stand-ins for its operators."""
     launched, forward, backward, extra = run(trace_on_a_rank, 2)[0]
     assert launched == ["forward_reduce", "forward_apply", "backward_reduce", "backward_apply"]
     for names, operators in (forward, backward):
@@ -507,3 +507,6 @@ def test_two_launches_and_one_collective_each_way(run):
         assert not [name for name in names if any(sync in name for sync in SYNCS)]
         assert len(operators) <= 2, operators  # the collective, and on gloo the sum of what it gathers
     assert extra == (2 * 4 + 1) * 8
+    native = run(traces_on_a_rank, 2)[0]["native"]
+    for (_, operators), (_, native_operators) in zip((forward, backward), native, strict=True):
+        assert len(operators) + 2 <= len(native_operators)  # with our two launches
