@@ -52,18 +52,14 @@ def printed(code, tmp_path):
 
 
 def test_a_steady_step(tmp_path):
-    """Two launches each way, none by Triton's own look-up, few Python calls, and what the kernels are given."""
-    code = STEP + (
-        "print((calls, looked_up, [(l.name, l.grid, l.stream) for l in driver.launches],"
-        "[len(l.arguments) for l in driver.launches]))"
-    )
-    calls, looked_up, launches, num_arguments = printed(code, tmp_path)
+    """Two launches each way, none by Triton's own look-up, and few Python calls."""
+    code = STEP + ("print((calls, looked_up, [(l.name, l.grid, l.stream) for l in driver.launches]))")
+    calls, looked_up, launches = printed(code, tmp_path)
     assert [name for name, *_ in launches] == PHASES
     assert {stream for *_, stream in launches} == {triton_stub.STREAM}
     assert looked_up == []
     assert len(calls) <= 20, calls
     assert len({file for file, _ in calls}) <= 4, calls
-    assert len(set(num_arguments)) > 1  # these are the kernels' own
 
 
 def test_without_private_names_the_public_way(tmp_path):
@@ -118,7 +114,6 @@ def test_sizes_beyond_31_bits_compile(tmp_path, shape, dtype):
         "from syncbn.ops.triton import launch\n"
         "driver = triton_stub.put_in_place()\n"
         f"shape, dtype = {shape}, torch.{dtype}\n"
-        "x = torch.empty(shape[:1] + (3,) + shape[2:], dtype=dtype, device='meta')\n"
         "view = (shape[0], 3, shape[2]) if len(shape) == 3 else (shape[0], 3, 1)\n"
         "tile = triton_stub.choose_tile(*view, dtype)\n"
         "small = torch.zeros(2, 3, 4, dtype=dtype)\n"
@@ -144,8 +139,8 @@ def test_no_spills_and_wide_loads(tmp_path, arch):
             assert widest >= 8, (shape, dtype, layout, name)
 
 
-def test_the_table_of_registers_is_that_of_the_documentation():
-    """Every map, dtype and layout of the stub has a row; `python tests/triton_stub.py` prints them anew."""
+def test_every_case_has_a_row_in_the_documentation():
+    """The numbers in it depend on Triton's version: `python tests/triton_stub.py` prints them anew."""
     text = (triton_stub.Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
     for shape, dtype, layout in triton_stub.CASES:
         assert f"| {'x'.join(map(str, shape))} | {str(dtype).removeprefix('torch.')} | {layout} |" in text
