@@ -21,13 +21,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from syncbn.experiment.bench import parts, report
+from experiment.bench import registry, report
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="bench")
 def main(config: DictConfig) -> None:
     """Measure part by part; each is shown and written as soon as it is there."""
-    parts.check(config)
+    registry.check(config)
     torch.set_num_threads(config.threads)
     console = Console(width=None if sys.stdout.isatty() else 140)
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("output_dir=")]
@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
         "parts": {},
     }
     for name in config.parts:
-        part = parts.PARTS[name]
+        part = registry.PARTS[name]
         rows = results["parts"][name] = part.measure(config)
         for table in part.tabulate(rows):
             table.show(console)

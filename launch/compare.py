@@ -24,13 +24,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from syncbn.experiment import report
-from syncbn.experiment.comparison import page, table
-from syncbn.experiment.comparison.grid import Cell, base_config, make_cells, shared_overrides
-from syncbn.experiment.comparison.live import watch
-from syncbn.experiment.comparison.runner import Share, run_cells
-from syncbn.experiment.comparison.store import Results
-from syncbn.experiment.known_warnings import ignore_known_warnings
+from experiment.comparison import page, table
+from experiment.comparison.grid import Cell, base_config, make_cells, shared_overrides
+from experiment.comparison.progress_display import watch
+from experiment.comparison.runner import Share, run_cells
+from experiment.comparison.store import Results
+from experiment.training import report
+from experiment.training.known_warnings import ignore_known_warnings
 
 
 def made_with(config: DictConfig) -> dict[str, str]:

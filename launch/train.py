@@ -33,19 +33,22 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 import syncbn
+from experiment.comparison import worker
+from experiment.evaluate import Statistics, check_modes, evaluate
+from experiment.resume import run_folder
+from experiment.resume.callback import Checkpoints
+from experiment.resume.checkpoint_files import AtomicCheckpoints
+from experiment.resume.progress import Progress, Start
+from experiment.simulation.exactness import check_exact
+from experiment.simulation.simulate import simulate
+from experiment.training import memory_format, norm_config, report
+from experiment.training.data import ImageData
+from experiment.training.instantiate import instantiate
+from experiment.training.known_warnings import ignore_known_warnings
+from experiment.training.models import classifiers
+from experiment.training.task import Task
+from experiment.training.world import World
 from syncbn.compat import DDP_OPTIONS, destroy_process_group
-from syncbn.experiment import arms, cell, home, memory_format, nets, report
-from syncbn.experiment.batches import World
-from syncbn.experiment.checkpoints import WholeFiles
-from syncbn.experiment.data import ImageData
-from syncbn.experiment.evaluate import Statistics, check_modes, evaluate
-from syncbn.experiment.exactness import check_exact
-from syncbn.experiment.known_warnings import ignore_known_warnings
-from syncbn.experiment.make import make
-from syncbn.experiment.place import Place, Start
-from syncbn.experiment.resume import Checkpoints
-from syncbn.experiment.simulate import simulate
-from syncbn.experiment.task import Task
 from syncbn.lightning import NormConverter
 
 NUM_AUDITED, PIXELS_AUDITED = 512, 2**23  # training images, or as few as keep the memory of the forward in bounds
@@ -53,21 +56,21 @@ NUM_AUDITED, PIXELS_AUDITED = 512, 2**23  # training images, or as few as keep t
 
 def build(config: DictConfig, world: World) -> tuple[ImageData, Task]:
     """Make data and task, and find every mistake in the configuration, before any process group exists."""
-    home.check_settings(config)
-    data: ImageData = make(config.data, _partial_=True)(world=world, seed=config.seed)
+    run_folder.check_settings(config)
+    data: ImageData = instantiate(config.data, _partial_=True)(world=world, seed=config.seed)
     data.load()
     check_modes(config.evaluate, data)
     L.seed_everything(config.seed, workers=True, verbose=False)
     example = data.example()
-    net = make(config.model, num_classes=data.num_classes, in_channels=example.shape[1])
+    net = instantiate(config.model, num_classes=data.num_classes, in_channels=example.shape[1])
     data.memory_format, note = memory_format.choose(net, config.trainer.get("accelerator", "auto"))
     net.to(memory_format=data.memory_format)
     if note and world.rank == 0:
         print(note)
     size = data.plan.global_batch_size
-    task: Task = make(config.task, net, data.num_classes, global_batch_size=size, seed=config.seed)
+    task: Task = instantiate(config.task, net, data.num_classes, global_batch_size=size, seed=config.seed)
     task.check_labels(data.splits.train.labels)
-    nets.check_reads(net, example, data.num_classes, per_pixel=task.per_pixel)
+    classifiers.check_reads(net, example, data.num_classes, per_pixel=task.per_pixel)
     return data, task
 
 
@@ -77,9 +80,9 @@ def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> li
     Returns:
         For real ranks, the callback: it finds the model converted, and makes the process groups.
     """
-    converter = arms.make_converter(config.norm)
+    converter = norm_config.make_converter(config.norm)
     if isinstance(converter, NormConverter) or world.simulate is not None:
-        arms.apply(converter, task, world.num_ranks)
+        norm_config.apply(converter, task, world.num_ranks)
     if world.simulate is None:
         return [] if converter is None else [converter]
     simulate(task, data.plan, config.node_size)
@@ -90,7 +93,7 @@ def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> li
 
 def audit(config: DictConfig, data: ImageData, task: Task) -> str:
     """Audit the model as the arm makes it, on training images."""
-    arms.apply(arms.make_converter(config.norm), task, data.plan.world_size)
+    norm_config.apply(norm_config.make_converter(config.norm), task, data.plan.world_size)
     share = data.plan.per_rank_batch_size * data.plan.world_size
     num_images = max(4 * share, min(NUM_AUDITED, PIXELS_AUDITED // data.example()[0].numel()))
     sizes = {"per_rank_batch_size": data.plan.per_rank_batch_size, "world_size": data.plan.world_size}
@@ -106,8 +109,8 @@ def make_environment(world: World) -> ClusterEnvironment:
 
 def find_start(config: DictConfig, world: World, data: ImageData, task: Task, *, converted: bool) -> Start:
     """Find the checkpoint this run goes on from, read it, and refuse it before any process group exists."""
-    now = Place(data.plan, len(data.splits.train), config.seed, world.simulate, world.world_size, task.lr)
-    return home.find_start(config, now, task if converted else None)
+    now = Progress(data.plan, len(data.splits.train), config.seed, world.simulate, world.world_size, task.lr)
+    return run_folder.find_start(config, now, task if converted else None)
 
 
 def listen_inside(world: World) -> None:
@@ -125,16 +128,16 @@ def make_trainer(
     listen_inside(world)
     # no broadcast of buffers before each forward: it would overwrite statistics of subgroups
     ddp = DDPStrategy(timeout=timedelta(seconds=config.timeout), **DDP_OPTIONS)
-    trainer: L.Trainer = make(
+    trainer: L.Trainer = instantiate(
         config.trainer,
         devices=world.local_world_size,
         num_nodes=world.num_nodes,
         strategy=ddp if world.world_size > 1 else "auto",
-        plugins=[make_environment(world), WholeFiles()],
+        plugins=[make_environment(world), AtomicCheckpoints()],
         accumulate_grad_batches=1 if world.simulate else accumulate,  # joined batches hold all of a step
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        logger=make(config.logger, save_dir=str(folder)),
+        logger=instantiate(config.logger, save_dir=str(folder)),
         callbacks=[report.Clock(), Statistics(), *callbacks],
         default_root_dir=str(folder),
         enable_model_summary=False,
@@ -159,7 +162,7 @@ def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
         report.write_inputs(folder, config)
     checkpoints = Checkpoints(folder / "checkpoints", start, config.checkpoint_every)
     callbacks.append(checkpoints)
-    cell.follow(callbacks)
+    worker.follow(callbacks)
     trainer = make_trainer(config, world, folder, data.plan.accumulate, callbacks)
     checkpoints.agree(trainer, find)
     trainer.precision_plugin.convert_module(task)  # Lightning restores first, which would round float64 weights
@@ -167,7 +170,7 @@ def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
     training = report.summarize_training(trainer, task, data.plan)  # before a test changes the trainer's timers
     evaluations = evaluate(trainer, task, data, list(config.evaluate))
     if world.rank == 0:
-        about = {"arm": arms.name_of(config.norm), "seed": config.seed, "simulate": world.simulate}
+        about = {"arm": norm_config.name_of(config.norm), "seed": config.seed, "simulate": world.simulate}
         results = {**about, **report.summarize_tests(task, evaluations), **training}
         report.write_results(folder, results)
         report.print_table(results, folder)
@@ -178,7 +181,7 @@ def main(config: DictConfig) -> None:
     """Train, test, and write down what came out."""
     ignore_known_warnings()
     world = World.from_env(config.simulate)
-    if config.run_dir is not None and (done := home.finished(config)) is not None:
+    if config.run_dir is not None and (done := run_folder.finished(config)) is not None:
         if world.rank == 0:
             report.print_table(done, Path(config.run_dir))
             print(f"{config.run_dir} is finished: nothing was run")
@@ -188,7 +191,7 @@ def main(config: DictConfig) -> None:
         if world.rank == 0:
             print(audit(config, data, task))
         return
-    with home.claim(config, world.rank):
+    with run_folder.claim(config, world.rank):
         run(config, world, data, task)
     if dist.is_initialized():  # torch now and then aborts an interpreter that ends with its process group
         destroy_process_group()

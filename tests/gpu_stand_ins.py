@@ -20,10 +20,10 @@ from unittest import mock
 import test_cuda_kernels
 import torch
 import torch.distributed as dist
-from experiment.gpu_check import determinism, large, launches, layer, machine, parts, phase_cases, phases, step, worker
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from experiment.gpu_check import determinism, large, launches, layer, machine, parts, phase_cases, phases, step, worker
 from syncbn.distributed import exchange
 
 

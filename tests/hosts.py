@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from syncbn.experiment.bench.network import NAMESPACES, Network, NotAvailableError, interface
+from experiment.bench.scaling.network import NAMESPACES, Network, NotAvailableError, interface
 
 INTERFACE = interface(0)
 SECONDS = 10  # for one small command

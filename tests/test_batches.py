@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from syncbn.experiment.batches import BatchPlan, TrainBatches, World, eval_batches, plan_batches
+from experiment.training.sharding import BatchPlan, TrainBatches, eval_batches, plan_batches
+from experiment.training.world import World
 
 
 def joined(parts):

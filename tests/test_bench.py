@@ -14,9 +14,9 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from experiment.bench import collectives, layer, memory, registry, spawn, tables, timing, training_step
+from experiment.bench.contenders import CONTENDERS
 from syncbn import use_kernels
-from syncbn.experiment.bench import collectives, layer, memory, parts, ranks, step, tables, timing
-from syncbn.experiment.bench.contenders import CONTENDERS
 from syncbn.ops import backends, cpu, reference
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_bare_is_plain_batchnorm_that_waits_as_long(run):
 
 def test_the_floor_copies():
     x, dy = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
-    with ranks.fake_group():
+    with spawn.fake_group():
         y = layer.make_layer("floor", x)(x)
     y.backward(dy)
     assert torch.equal(y, x)
@@ -165,12 +165,12 @@ def children():
 
 def test_ranks_answer_or_say_why_and_are_gone():
     before = children()
-    assert ranks.run(rank_and_sum, 2, ranks.Setting(30)) == [(0, 2.0, 1), (1, 2.0, 1)]
-    assert ranks.run(rank_and_sum, 1, ranks.Setting(30, fake=True)) == [(0, 1.0, 1)]  # reduces nothing
+    assert spawn.run(rank_and_sum, 2, spawn.Setting(30)) == [(0, 2.0, 1), (1, 2.0, 1)]
+    assert spawn.run(rank_and_sum, 1, spawn.Setting(30, fake=True)) == [(0, 1.0, 1)]  # reduces nothing
     with pytest.raises(RuntimeError, match=r"(?s)rank 1 failed.*here it is"):
-        ranks.run(fail_on_rank_1, 2, ranks.Setting(30))
+        spawn.run(fail_on_rank_1, 2, spawn.Setting(30))
     with pytest.raises(RuntimeError, match=r"answer of ranks \[0\] within 0.5 s; set timeout higher"):
-        ranks.run(sleep, 1, ranks.Setting(0.5))
+        spawn.run(sleep, 1, spawn.Setting(0.5))
     assert children() == before
 
 
@@ -203,7 +203,7 @@ def test_contenders_run_on_their_kernels_which_are_chosen_once(monkeypatch):
     monkeypatch.setattr(backends, "choose", lambda *tensors: chosen.append(choose(*tensors)) or chosen[-1])
     x = torch.randn(2, 5, 3, 7, requires_grad=True)  # which no other test has
     layers = {name: layer.make_layer(name, x) for name in ("reference", "cpu")}
-    with ranks.fake_group():
+    with spawn.fake_group():
         for _ in range(3):
             for name, norm in layers.items():
                 with use_kernels(CONTENDERS[name].kernels):
@@ -222,10 +222,10 @@ def test_a_part_without_its_base_has_no_ratios_to_it():
 
 
 def test_rows_of_the_step():
-    rows = step.measure(composed())
+    rows = training_step.measure(composed())
     assert [row["contender"] for row in rows] == ["plain", "bare", "reference", "gather"]
     assert all(row["ratios"].keys() == {"bare", "plain"} and row["graph_breaks"] is None for row in rows)
-    [table] = step.tabulate(rows)
+    [table] = training_step.tabulate(rows)
     assert "graph breaks" not in table.columns
 
 
@@ -254,16 +254,16 @@ def test_saved_bytes():
 @pytest.mark.parametrize("shape", [(4, 64, 14, 14), (2, 512, 7, 7)])
 def test_a_layer_saves_its_input_and_little_more(shape, name):
     skip_without_compiler(name)
-    with ranks.fake_group():
+    with spawn.fake_group():
         row = memory._of_layer(list(shape), name, "cpu")
     assert row["input"] < row["saved"] <= row["input"] + 64 * shape[1] + 1024
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="parts: expected some of layer, step"):
-        parts.check(composed("parts=[layer,lyer]"))
+        registry.check(composed("parts=[layer,lyer]"))
     with pytest.raises(ValueError, match=r"contenders: expected names out of plain, bare.*, got gathre"):
-        parts.check(composed("parts=[memory]", "memory.step_contenders=[gathre]"))
+        registry.check(composed("parts=[memory]", "memory.step_contenders=[gathre]"))
 
 
 def test_tables_as_text():
@@ -307,4 +307,4 @@ def test_the_users_command(tmp_path, monkeypatch, capsys):
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda: expected a GPU, found none"):
-        parts.check(composed("device=cuda"))
+        registry.check(composed("device=cuda"))

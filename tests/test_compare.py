@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import syncbn
-from syncbn.experiment import report
-from syncbn.experiment.comparison import page, runner
-from syncbn.experiment.comparison.grid import quoted
+from experiment.comparison import page, runner
+from experiment.comparison.grid import quoted
+from experiment.training import report
 
 ROOT = Path(__file__).parents[1]
 COMPARE = ROOT / "launch" / "compare.py"
@@ -36,7 +36,7 @@ TIMES = {"start", "seconds", "training_seconds", "images_per_second"}
 WITH_QUICK = """
 import runpy, sys
 from pathlib import Path
-from syncbn.experiment.comparison import runner
+from experiment.comparison import runner
 runner.TRAIN = Path({quick!r})
 sys.argv[0] = {compare!r}
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from syncbn.experiment.comparison.grid import AXES, GROUPS, OTHERS, base_config, make_cells, quoted, shared_overrides
+from experiment.comparison.grid import AXES, GROUPS, OTHERS, base_config, make_cells, quoted, shared_overrides
 from syncbn.lightning import NormConverter
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -17,8 +17,8 @@ import pytest
 from matplotlib.figure import Figure
 from test_comparison_statistics import cell, cells
 
-from syncbn.experiment.comparison import images, plots
-from syncbn.experiment.comparison.page import write_report
+from experiment.comparison import images, plots
+from experiment.comparison.page import write_report
 
 NASTY = """$\\alpha$ <b>x</b> <script>alert(1)</script> "quoted' & {{ 7 * 7 }} """ + "long" * 40
 FIRST = {"bn": [0.30, 0.35, 0.32], "syncbn": [0.043, 0.041, 0.047], "gn": [0.08, 0.07, 0.083]}

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from syncbn.experiment import cell
-from syncbn.experiment.comparison import runner
-from syncbn.experiment.comparison.runner import Share
+from experiment.comparison import runner, worker
+from experiment.comparison.runner import Share
 
 
 def machine(monkeypatch, cores, gpus):
@@ -129,10 +128,10 @@ def test_a_cell_tells_how_far_it_is_and_ends_with_its_comparison(tmp_path, monke
     monkeypatch.setattr(os, "read", lambda *_: b"" if held.wait(60) else b"x")
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
     callbacks = []
-    cell.follow(callbacks)
+    worker.follow(callbacks)
     assert callbacks == []  # nobody asked
-    monkeypatch.setenv(cell.VARIABLE, str(tmp_path / "progress"))
-    cell.follow(callbacks)
+    monkeypatch.setenv(worker.VARIABLE, str(tmp_path / "progress"))
+    worker.follow(callbacks)
     trainer = SimpleNamespace(is_global_zero=True, global_step=3, estimated_stepping_batches=8)
     callbacks[0].on_train_batch_end(trainer, None, None, None, 0)
     running = runner.Running(None, None, tmp_path, 0)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from syncbn.experiment.comparison import answer, files, settings, statistics, table
-from syncbn.experiment.comparison.points import Points
+from experiment.comparison import conclusions, export, settings, statistics, table
+from experiment.comparison.results_table import ResultsTable
 
 T = {2: 12.7062, 3: 4.30265, 5: 2.77645}  # Student's t at 97.5 % for n - 1 degrees of freedom, from tables
 
@@ -103,7 +103,7 @@ def test_holm_by_hand():
 def test_differences_are_paired_at_equal_ranks_and_batch():
     rows = cells({("bn", 1): [0.30, 0.33, 0.36], ("syncbn", 1): [0.04, 0.05, 0.06], ("gn", 1): [0.05, 0.04]})
     rows += [cell("bn", 2, 0, 0.2), cell("syncbn", 4, 0, 0.2), cell("bn", 4, 0, 0.1, world_size=8)]
-    lines = Points.of(rows).differences()
+    lines = ResultsTable.of(rows).differences()
     assert [(line.label, line.batch, line.interval.n) for line in lines] == [("bn", 1, 3), ("gn", 1, 2)]
     bn, gn = lines
     np.testing.assert_allclose([bn.interval.mean, gn.interval.mean], [0.28, 0.0], atol=1e-12)
@@ -113,24 +113,24 @@ def test_differences_are_paired_at_equal_ranks_and_batch():
 
 def test_the_order_of_rows_changes_nothing_and_a_cell_counts_once():
     rows = cells({("syncbn", 2): [0.1, 0.2], ("bn", 1): [0.3, 0.4], ("mine", 1): [0.5, 0.6], ("a", 1): [0.5, 0.6]})
-    points = Points.of(rows)
-    assert points.labels == ["bn", "syncbn", "a", "mine"]
+    results = ResultsTable.of(rows)
+    assert results.labels == ["bn", "syncbn", "a", "mine"]
     shuffled = rows[::-1]
     random.Random(0).shuffle(shuffled)
-    assert Points.of(shuffled) == points
-    again = Points.of([*rows, cell("bn", 1, 0, 0.9)])
+    assert ResultsTable.of(shuffled) == results
+    again = ResultsTable.of([*rows, cell("bn", 1, 0, 0.9)])
     assert again.values("bn", 4, 1, "rank0") == {0: 0.9, 1: 0.4}
-    assert Points.of([*rows, cell("bn", 1, 0, 0.9, cell="other")]).num_replaced == 1
+    assert ResultsTable.of([*rows, cell("bn", 1, 0, 0.9, cell="other")]).num_replaced == 1
 
 
 def test_what_is_no_number_is_left_out_and_said():
     rows = cells({("bn", 1): [0.1, None, float("nan")], ("bn", 2): [0.1]})
     rows[3]["evaluations"] = {"batch": {"test_error": 0.2}}
-    points = Points.of(rows)
-    assert points.values("bn", 4, 1, "rank0") == {0: 0.1}
-    assert points.mean("bn", 4, 2, "rank0") is None
-    assert points.modes == ["rank0", "batch"]
-    [said] = settings.warnings(points, missing=0)
+    results = ResultsTable.of(rows)
+    assert results.values("bn", 4, 1, "rank0") == {0: 0.1}
+    assert results.mean("bn", 4, 2, "rank0") is None
+    assert results.modes == ["rank0", "batch"]
+    [said] = settings.warnings(results, missing=0)
     assert "2 cells: bn-w4-p1-s1, bn-w4-p1-s2" in said
 
 
@@ -151,7 +151,9 @@ SMALL, LARGE, FLAT = [0.30, 0.32, 0.34], [0.04, 0.05, 0.045], [0.04, 0.051, 0.04
     ],
 )  # fmt: skip
 def test_the_answer_follows_the_numbers(errors, words):
-    [sentences] = answer.answer(Points.of(cells({("bn", batch): e for batch, e in errors.items()}))).values()
+    [sentences] = conclusions.draw_conclusions(
+        ResultsTable.of(cells({("bn", batch): e for batch, e in errors.items()}))
+    ).values()
     assert sentences[0].startswith(words)
     assert sentences[1] == "syncbn has no finished cell, so nothing can be told about it."
 
@@ -164,18 +166,18 @@ def test_the_answer_compares_with_syncbn_at_the_smallest_batch():
         ("syncbn", 8): LARGE,
         ("gn", 1): [0.06, 0.05, 0.04],
     }
-    [sentences] = answer.answer(Points.of(cells(errors))).values()
+    [sentences] = conclusions.draw_conclusions(ResultsTable.of(cells(errors))).values()
     assert sentences[1].startswith("syncbn stays near its large-batch error, within 2 points")
     assert "at 1 image per rank bn has 27.5 points more test error than syncbn" in sentences[3]
     assert "this is real" in sentences[3]
     assert "that this is real is not shown" in sentences[4]
-    assert answer.answer(Points.of([])) == {"": ["No cell has finished, so nothing can be told."]}
+    assert conclusions.draw_conclusions(ResultsTable.of([])) == {"": ["No cell has finished, so nothing can be told."]}
 
 
 def test_mixed_missing_and_failed_cells_are_said():
     rows = [cell(seed=0), cell(seed=1, device="cuda:0", versions={"torch": "2.13.0"})]
     failed = {"cell": "x", "status": "failed", "reason": "ValueError: no", "arm": "bn", "command": "c"}
-    said = "\n".join(settings.warnings(Points.of([*rows, failed]), missing=3))
+    said = "\n".join(settings.warnings(ResultsTable.of([*rows, failed]), missing=3))
     for text in (
         "3 cells of the grid are missing",
         "1 cell failed and is in no figure",
@@ -183,8 +185,8 @@ def test_mixed_missing_and_failed_cells_are_said():
     ):
         assert text in said
     assert "different versions of torch: 2.13.0 in 1 cell, 2.14.1 in 1 cell" in said
-    assert settings.warnings(Points.of(rows[:1]), missing=0) == []
-    assert ("Seeds", "n = 2: 0, 1") in settings.settings(Points.of(rows))
+    assert settings.warnings(ResultsTable.of(rows[:1]), missing=0) == []
+    assert ("Seeds", "n = 2: 0, 1") in settings.settings(ResultsTable.of(rows))
 
 
 def test_csv_reads_back():
@@ -193,12 +195,12 @@ def test_csv_reads_back():
         cell('<b>"x",\n', 2, 0, None),
         {"cell": "y", "status": "failed", "reason": "no"},
     ]
-    lines = list(csv.DictReader(io.StringIO(files.results_csv(rows))))
+    lines = list(csv.DictReader(io.StringIO(export.results_csv(rows))))
     assert [line["arm"] for line in lines] == ["bn", "bn", '<b>"x",\n', ""]
     assert [line["evaluations.rank0.test_error"] for line in lines] == ["0.1", "0.2", "", ""]
     assert lines[0]["curve.loss"] == "2.0 1.0"
     assert lines[3]["reason"] == "no"
-    [line] = csv.DictReader(io.StringIO(files.summary_csv(Points.of(rows))))
+    [line] = csv.DictReader(io.StringIO(export.summary_csv(ResultsTable.of(rows))))
     assert (line["label"], line["mode"], line["n"]) == ("bn", "rank0", "2")
     numbers = [float(line[name]) for name in ("test_error", "test_error_lower", "test_error_upper", "train_error")]
     np.testing.assert_allclose(numbers, [0.15, 0.15 - T[2] * 0.05, 0.15 + T[2] * 0.05, 0.02], rtol=1e-5)

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import syncbn
-from syncbn.experiment.data import ImageData
-from syncbn.experiment.task import Task
+from experiment.training.data import ImageData
+from experiment.training.task import Task
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))

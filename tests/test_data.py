@@ -2,9 +2,10 @@
 
 import torch
 
-from syncbn.experiment.batches import Draw, World
-from syncbn.experiment.data import ImageSet
-from syncbn.experiment.sources import DigitsOnPhotos
+from experiment.training.datasets.sources import DigitsOnPhotos
+from experiment.training.image_set import ImageSet
+from experiment.training.sharding import Draw
+from experiment.training.world import World
 
 
 def small(tmp_path, **kwargs):

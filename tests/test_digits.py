@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from syncbn.experiment import digits, scenes
+from experiment.training.datasets import digits, scenes
 
 SMALL = {"num_train": 70, "num_val": 20, "num_test": 30}
 

@@ -309,7 +309,7 @@ def assert_compiles(run, model, num_layers):
 
 
 def test_a_whole_model_compiles_without_graph_break(run):
-    from syncbn.experiment.nets import ResNet8
+    from experiment.training.models.classifiers import ResNet8
 
     torch.manual_seed(0)
     model = ResNet8(num_classes=4)

@@ -9,8 +9,9 @@ from test_launch import CONF_NORMS, composed, launch, load_train, only_run
 from torch import nn
 from torch.nn import functional as F
 
-from syncbn.experiment.batches import BatchPlan, Draw, World
-from syncbn.experiment.evaluate import MODES, NUM_PRECISE
+from experiment.evaluate import MODES, NUM_PRECISE
+from experiment.training.sharding import BatchPlan, Draw
+from experiment.training.world import World
 
 SIZES = ["data.num_train=200", "data.num_val=0", "data.num_test=60", "model.width=8"]
 FLOAT64 = [*SIZES, "trainer.precision=64-true", "trainer.max_epochs=1", "trainer.log_every_n_steps=1"]

@@ -12,17 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
-import gpu_check
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
+
+import gpu_check
+import syncbn
 from experiment.gpu_check import inputs, large, layer, matrix, needs, parts, phase_cases, phases, report, worker
 from experiment.gpu_check.outcome import FAILED, OK, SKIPPED, Outcome, Table, make_record
 from experiment.gpu_check.resnet import ResNet50
 from experiment.gpu_check.runner import ROOT, environment
-
-import syncbn
 from syncbn.ops import backends, cpu, cuda, reference, selfcheck, triton
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from syncbn.experiment.task import Classifier
+from experiment.training.task import Classifier
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "launch" / "train.py"

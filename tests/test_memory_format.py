@@ -5,9 +5,9 @@ import torch
 from test_launch import composed, launch, load_train, only_run
 from torch import nn
 
-from syncbn.experiment import memory_format
-from syncbn.experiment.batches import World
-from syncbn.experiment.nets import ResNet8
+from experiment.training import memory_format
+from experiment.training.models.classifiers import ResNet8
+from experiment.training.world import World
 
 SIZES = ["data.num_train=64", "data.num_val=0", "data.num_test=20", "trainer.max_epochs=1"]
 

@@ -13,7 +13,7 @@ import torch
 from hosts import SECONDS, made_hosts
 from test_launch import composed, load_train
 
-from syncbn.experiment.bench.network import NotAvailableError
+from experiment.bench.scaling.network import NotAvailableError
 
 pytestmark = pytest.mark.nodes
 ROOT = Path(__file__).parents[1]

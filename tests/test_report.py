@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 from omegaconf import OmegaConf
 
-from syncbn.experiment import report
+from experiment.training import report
 
 NOW = datetime(2030, 1, 2, 3, 4, 5)
 

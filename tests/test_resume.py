@@ -18,12 +18,12 @@ import torch
 from ranks import RankError
 from test_launch import ROOT, TRAIN, composed, here, load_train  # noqa: F401  # here is a fixture
 
-from syncbn.experiment import checkpoints, home
-from syncbn.experiment.batches import BatchPlan, TrainBatches
-from syncbn.experiment.checkpoints import LAST, PREVIOUS, CheckpointError, WholeFiles, last_good, read
-from syncbn.experiment.place import Place
-from syncbn.experiment.signals import Signals
-from syncbn.experiment.task import Task
+from experiment.resume import checkpoint_files, run_folder
+from experiment.resume.checkpoint_files import LAST, PREVIOUS, AtomicCheckpoints, CheckpointError, last_good, read
+from experiment.resume.progress import Progress
+from experiment.resume.signals import Signals
+from experiment.training.sharding import BatchPlan, TrainBatches
+from experiment.training.task import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
 SLOW = pytest.mark.slow
@@ -175,8 +175,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(here, whole, caps
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     path, draw = tmp_path / LAST, random.Random(0)
-    good = {name: {} for name in checkpoints.LIGHTNING} | {"syncbn": {"w": torch.arange(20.0), "n": 3}}
-    WholeFiles().save_checkpoint(good, path)
+    good = {name: {} for name in checkpoint_files.LIGHTNING} | {"syncbn": {"w": torch.arange(20.0), "n": 3}}
+    AtomicCheckpoints().save_checkpoint(good, path)
     content = path.read_bytes()
     num_refused = 0
     for _ in range(200):
@@ -273,14 +273,14 @@ def test_a_damaged_file_of_a_run_is_named_and_can_be_removed(here, whole, name, 
 
 
 def test_two_runs_in_one_folder(here, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(home, "PATIENCE", 1)
+    monkeypatch.setattr(run_folder, "PATIENCE", 1)
     config = composed("run_dir=run")
-    with home.claim(config, 0):
+    with run_folder.claim(config, 0):
         with pytest.raises(RuntimeError, match="run is in use by a run that has not ended"):
-            home.claim(config, 0).__enter__()
-        with home.claim(config, 1):  # other ranks do not write
+            run_folder.claim(config, 0).__enter__()
+        with run_folder.claim(config, 1):  # other ranks do not write
             pass
-    with home.claim(config, 0):
+    with run_folder.claim(config, 0):
         pass
 
 
@@ -357,14 +357,14 @@ def test_the_order_of_data_goes_on(rank, accumulate):
 
 
 def place(world_size=2, per_rank=4, accumulate=1, num_images=80, seed=0, simulate=None, lr=0.1, **where):
-    return Place(BatchPlan(per_rank, world_size, accumulate), num_images, seed, simulate, world_size, lr, **where)
+    return Progress(BatchPlan(per_rank, world_size, accumulate), num_images, seed, simulate, world_size, lr, **where)
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_another_world_at_equal_global_batches_is_the_same_step(epoch):
     saved = place(epoch=epoch, step_of_epoch=7, step=10 * epoch + 7)
     for now in (place(4, 2), place(1, 8), place(1, 4, 2), place(8, 1)):
-        there, notes = now.go_on_from(Place.from_dict(saved.as_dict()))
+        there, notes = now.go_on_from(Progress.from_dict(saved.as_dict()))
         assert (there.epoch, there.step_of_epoch, there.step) == (epoch, 7, saved.step)
         assert there.batch_of_epoch == 7 * now.plan.accumulate
         assert f"ranks 2 -> {now.plan.world_size}" in notes
@@ -407,7 +407,7 @@ def changed_copy(path, change):
     """Write `early.ckpt`, the checkpoint as an earlier version would have made it, or another run."""
     checkpoint = torch.load(path, weights_only=True)
     change(checkpoint["syncbn"])
-    WholeFiles().save_checkpoint(checkpoint, "early.ckpt")
+    AtomicCheckpoints().save_checkpoint(checkpoint, "early.ckpt")
     return "ckpt_path=early.ckpt"
 
 
@@ -518,13 +518,13 @@ def test_several_ranks(run, tmp_path, world_size, norm, more):
 
 def train_and_look_early(rank, world_size, folder, num_looks, *overrides):
     """Train as torchrun's rank where rank 1 looks so often before a killed run wrote its last checkpoint."""
-    look, looks = home.last_good, iter(range(num_looks))
+    look, looks = run_folder.last_good, iter(range(num_looks))
 
     def early(path):
         return look(path) if rank == 0 or next(looks, None) is None else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(home, "last_good", early)
+        patch.setattr(run_folder, "last_good", early)
         train_as_rank(rank, world_size, folder, [], *overrides)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from syncbn.experiment.bench import model, network, scale, scale_tables
-from syncbn.experiment.bench.model import Exchange, Link, Point
-from syncbn.experiment.bench.network import Network, NotAvailableError
-from syncbn.experiment.bench.timing import Quartiles
+from experiment.bench.scaling import cost_model, measure, network, tables
+from experiment.bench.scaling.cost_model import Exchange, Link, Point
+from experiment.bench.scaling.network import Network, NotAvailableError
+from experiment.bench.timing import Quartiles
 
 ROOT = Path(__file__).parents[1]
 DELAY = 5  # ms
@@ -28,37 +28,37 @@ TINY = [
 
 def bare(collective, num_bytes, world_size):
     exchange = Exchange(collective, num_bytes)
-    return Point([exchange], world_size, model.exchange_seconds(exchange, world_size, LINK))
+    return Point([exchange], world_size, cost_model.exchange_seconds(exchange, world_size, LINK))
 
 
 def test_messages_and_bytes_of_gloos_rings():
-    assert [model.num_messages("all_gather", w) for w in (2, 4)] == [2, 6]
-    assert [model.num_messages("all_reduce", w) for w in (2, 4)] == [4, 12]
-    assert model.num_bytes_sent(Exchange("all_gather", 800), 4) == 2400  # its own, and two it passes on
-    assert model.num_bytes_sent(Exchange("all_reduce", 800), 4) == 1200  # six pieces of a quarter
+    assert [cost_model.num_messages("all_gather", w) for w in (2, 4)] == [2, 6]
+    assert [cost_model.num_messages("all_reduce", w) for w in (2, 4)] == [4, 12]
+    assert cost_model.num_bytes_sent(Exchange("all_gather", 800), 4) == 2400  # its own, and two it passes on
+    assert cost_model.num_bytes_sent(Exchange("all_reduce", 800), 4) == 1200  # six pieces of a quarter
 
 
 def test_link_and_work_are_found_again():
-    points = [bare(c, n, w) for c in scale.COLLECTIVES for n in (1032, 32776) for w in (2, 4)]
-    assert model.fit_link(points) == pytest.approx(LINK, rel=1e-6)  # no noise: what is left is rounding
+    points = [bare(c, n, w) for c in measure.COLLECTIVES for n in (1032, 32776) for w in (2, 4)]
+    assert cost_model.fit_link(points) == pytest.approx(LINK, rel=1e-6)  # no noise: what is left is rounding
     exchanges = [Exchange("all_gather", 1032), Exchange("all_gather", 1024)]
-    layers = [Point(exchanges, w, model.seconds(3e-3, exchanges, w, 2, LINK)) for w in (2, 4)]
-    assert model.fit_work(layers, 2, LINK) == pytest.approx(3e-3)
+    layers = [Point(exchanges, w, cost_model.seconds(3e-3, exchanges, w, 2, LINK)) for w in (2, 4)]
+    assert cost_model.fit_work(layers, 2, LINK) == pytest.approx(3e-3)
 
 
 def test_a_layer_is_its_work_and_its_exchanges():
     exchanges = [Exchange("all_gather", 1032), Exchange("all_gather", 1024)]
     free = Link(0.0, 0.0, 0.0)
-    assert model.seconds(1e-3, exchanges, 2, 2, free, delay=5e-3) == pytest.approx(1e-3 + 2 * 2 * 5e-3)
-    assert model.seconds(1e-3, exchanges, 4, 2, free) == pytest.approx(2e-3)  # two ranks on each core
-    assert model.seconds(1e-3, [], 1, 2, LINK, delay=1.0) == 1e-3
+    assert cost_model.seconds(1e-3, exchanges, 2, 2, free, delay=5e-3) == pytest.approx(1e-3 + 2 * 2 * 5e-3)
+    assert cost_model.seconds(1e-3, exchanges, 4, 2, free) == pytest.approx(2e-3)  # two ranks on each core
+    assert cost_model.seconds(1e-3, [], 1, 2, LINK, delay=1.0) == 1e-3
 
 
 def test_nccl_by_hand():
-    ring, tree = model.nccl_all_reduce(0, 8), model.nccl_all_reduce(0, 1024)
+    ring, tree = cost_model.nccl_all_reduce(0, 8), cost_model.nccl_all_reduce(0, 1024)
     assert ring == ("ring", pytest.approx(6.6e-6 + 14 * 0.6e-6))
     assert tree == ("tree", pytest.approx(6.8e-6 + 14 * 0.6e-6 + 2 * 7 * 5e-6))  # 128 nodes
-    costs = [model.resnet50_on_gpus(n) for n in (8, 64, 1024, 10000)]
+    costs = [cost_model.resnet50_on_gpus(n) for n in (8, 64, 1024, 10000)]
     assert costs == sorted(costs)
 
 
@@ -67,7 +67,7 @@ def test_resnet50_has_these_layers():
     from torch import nn
 
     layers = [m.num_features for m in torchvision.models.resnet50().modules() if isinstance(m, nn.BatchNorm2d)]
-    assert model.resnet50_on_gpus(64) == pytest.approx(sum(model.layer_on_gpus(n, 64) for n in layers))
+    assert cost_model.resnet50_on_gpus(64) == pytest.approx(sum(cost_model.layer_on_gpus(n, 64) for n in layers))
 
 
 def point(what, world_size, delay, ms, exchanges):
@@ -82,18 +82,18 @@ def points(off=1.0):
     for world_size in (2, 4):
         for delay in (0, 5):
             factor = 1e3 * (off if delay else 1.0)
-            for collective in scale.COLLECTIVES:
+            for collective in measure.COLLECTIVES:
                 of = Exchange(collective, 1032)
-                ms = factor * model.exchange_seconds(of, world_size, LINK, delay / 1e3)
+                ms = factor * cost_model.exchange_seconds(of, world_size, LINK, delay / 1e3)
                 rows.append(point(collective, world_size, delay, ms, [of]))
             both = [Exchange("all_gather", 1032), Exchange("all_gather", 1024)]
-            ms = factor * model.seconds(2e-3, both, world_size, 2, LINK, delay / 1e3)
+            ms = factor * cost_model.seconds(2e-3, both, world_size, 2, LINK, delay / 1e3)
             rows += [point("layer", world_size, delay, ms, both), point("bn layer", world_size, delay, 1.0, [])]
     return rows
 
 
 def test_points_with_delay_are_predicted_and_not_fitted():
-    true, slow = scale.predict(points(), cores=2), scale.predict(points(off=2.0), cores=2)
+    true, slow = measure.predict(points(), cores=2), measure.predict(points(off=2.0), cores=2)
     assert true[-1] == slow[-1]  # the fit
     judged = [[row for row in rows if row.get("role") == "judged"] for rows in (true, slow)]
     assert [(row["what"], row["delay_ms"]) for row in judged[0]] == [("layer", 5)] * 2
@@ -103,7 +103,7 @@ def test_points_with_delay_are_predicted_and_not_fitted():
 
 
 def test_tables_say_how_many_points_are_within_the_limit():
-    layers, bare_ones, fits = scale_tables.tabulate(scale.predict(points(off=2.0), cores=2))
+    layers, bare_ones, fits = tables.tabulate(measure.predict(points(off=2.0), cores=2))
     assert "0 of 2 within 25 %, the worst 50 % off" in layers.note
     assert [len(table.rows) for table in (layers, bare_ones, fits)] == [4, 8, 1]
     assert layers.rows[0][4] == "1.00"  # nn.BatchNorm beside it
@@ -116,10 +116,10 @@ def configured(*overrides):
 
 def test_without_the_right_it_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(network.os, "geteuid", lambda: 1000)
-    rows = scale.measure(configured("scale.world_sizes=[]"))
+    rows = measure.measure(configured("scale.world_sizes=[]"))
     [missing] = [row for row in rows if row["kind"] == "missing"]
     assert missing["reason"].startswith("not available: needs root")
-    assert missing["reason"] in scale_tables.tabulate(rows)[0].note
+    assert missing["reason"] in tables.tabulate(rows)[0].note
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def left_by(pid):
 
 @pytest.mark.slow
 def test_everything_is_measured_and_delayed(hosts):
-    rows = scale.measure(configured())
+    rows = measure.measure(configured())
     found = [(row["network"], row["delay_ms"], row["world_size"]) for row in rows if row["kind"] == "point"]
     assert dict.fromkeys(found).keys() == {("loopback", 0, 1), ("loopback", 0, 2), ("switch", 0, 2), ("switch", 5, 2)}
     assert sum(row["kind"] == "fit" for row in rows) == 2
@@ -146,13 +146,13 @@ def test_everything_is_measured_and_delayed(hosts):
     assert late["all_gather"] >= DELAY  # the other's data cannot come sooner
     assert late["layer"] >= 2 * DELAY
     assert late["step"] >= 18 * DELAY  # nine layers
-    assert len(scale_tables.tabulate(rows)) == 4
+    assert len(tables.tabulate(rows)) == 4
 
 
 HOLD = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from syncbn.experiment.bench.network import Network
+from experiment.bench.scaling.network import Network
 with Network(2, [0.001]):
     print("there", flush=True)
     time.sleep(60)

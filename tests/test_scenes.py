@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from syncbn.experiment import digits, scenes
+from experiment.training.datasets import digits, scenes
 
 BLACK = [Image.new("RGB", (100, 100), 0)]
 

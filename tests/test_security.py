@@ -12,9 +12,10 @@ from PIL import Image
 from rich.console import Console
 
 import syncbn
-from syncbn.experiment import image_files, report
-from syncbn.experiment.bench.tables import Table
-from syncbn.experiment.sources import CIFAR10_BYTES, Cifar10, Folder
+from experiment.bench.tables import Table
+from experiment.training import report
+from experiment.training.datasets import image_files
+from experiment.training.datasets.sources import CIFAR10_BYTES, Cifar10, Folder
 from syncbn.ops import build
 
 ROOT = Path(syncbn.__file__).parent.parent

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from experiment.simulation.exactness import check_exact
+from experiment.simulation.simulate import SimulatedBatchNorm, simulate
+from experiment.training.models.classifiers import ResNet8
+from experiment.training.models.unet import UNet
+from experiment.training.sharding import BatchPlan
+from experiment.training.task import Classifier
 from syncbn.compat import DDP_OPTIONS, copy_buffers_once
-from syncbn.experiment.batches import BatchPlan
-from syncbn.experiment.exactness import check_exact
-from syncbn.experiment.nets import ResNet8
-from syncbn.experiment.simulate import SimulatedBatchNorm, simulate
-from syncbn.experiment.task import Classifier
-from syncbn.experiment.unet import UNet
 
 STEPS, CLASSES = 3, 4
 

@@ -12,8 +12,8 @@ import slurm_cluster
 import torch
 from hosts import INTERFACE
 
-from syncbn.experiment.batches import World
-from syncbn.experiment.bench.network import NotAvailableError
+from experiment.bench.scaling.network import NotAvailableError
+from experiment.training.world import World
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "multinode.md").read_text().split("\n## SLURM\n")[1].split("\n## ")[0]

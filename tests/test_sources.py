@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from syncbn.experiment import scenes
-from syncbn.experiment.batches import Draw
-from syncbn.experiment.sources import Cifar10, Digits, DigitScenes, Folder
+from experiment.training.datasets import scenes
+from experiment.training.datasets.sources import Cifar10, Digits, DigitScenes, Folder
+from experiment.training.sharding import Draw
 
 COLOUR = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 

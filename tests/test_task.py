@@ -12,13 +12,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
 
+from experiment.training.data import ImageData
+from experiment.training.image_set import ImageSet, Splits
+from experiment.training.known_warnings import ignore_known_warnings
+from experiment.training.schedule import scale_lr, warmup_cosine
+from experiment.training.segmentation import Segmenter
+from experiment.training.sharding import Draw
+from experiment.training.task import Classifier
+from experiment.training.world import World
 from syncbn.compat import DDP_OPTIONS
-from syncbn.experiment.batches import Draw, World
-from syncbn.experiment.data import ImageData, ImageSet, Splits
-from syncbn.experiment.known_warnings import ignore_known_warnings
-from syncbn.experiment.schedule import scale_lr, warmup_cosine
-from syncbn.experiment.segmentation import Segmenter
-from syncbn.experiment.task import Classifier
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 METRICS = ("train/loss", *(f"{name}/{kind}" for name in ("val", "test", "train_eval") for kind in ("loss", "score")))

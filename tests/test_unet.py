@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.experiment import nets
-from syncbn.experiment.unet import UNet
+from experiment.training.models import classifiers
+from experiment.training.models.unet import UNet
 
 
 @pytest.mark.parametrize(("width", "num_classes", "in_channels", "sides"), [(8, 11, 3, (32, 32)), (4, 2, 1, (8, 24))])
@@ -14,16 +14,16 @@ def test_every_pixel_has_logits(width, num_classes, in_channels, sides):
     net = UNet(num_classes, in_channels, width)
     images = torch.randn(2, in_channels, *sides)
     assert net(images).shape == (2, num_classes, *sides)
-    nets.check_reads(net, images, num_classes, per_pixel=True)
+    classifiers.check_reads(net, images, num_classes, per_pixel=True)
 
 
 def test_sides_that_do_not_halve_three_times_are_refused():
     with pytest.raises(
         ValueError, match=r"shape \(3, 28, 32\): UNet reads images whose sides divide by 8, got 28 x 32"
     ):
-        nets.check_reads(UNet(), torch.randn(2, 3, 28, 32), 11, per_pixel=True)
+        classifiers.check_reads(UNet(), torch.randn(2, 3, 28, 32), 11, per_pixel=True)
     with pytest.raises(ValueError, match=r"output to be \(2, 11\), got \(2, 11, 32, 32\)"):
-        nets.check_reads(UNet(), torch.randn(2, 3, 32, 32), 11)
+        classifiers.check_reads(UNet(), torch.randn(2, 3, 32, 32), 11)
 
 
 def test_every_convolution_but_the_last_has_a_norm_and_no_bias():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.experiment.bench import timing
+from experiment.bench import timing
 
 from . import gpu
 from .groups import fake_group

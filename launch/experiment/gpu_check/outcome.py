@@ -38,7 +38,7 @@ def make_record(name: str, status: str, summary: str, **more: Any) -> Record:
     return {"name": name, "status": status, "seconds": 0.0, "summary": summary, "failures": [], "tables": []} | more
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace a file at once: a reader finds the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")

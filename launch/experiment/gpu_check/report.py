@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import needs
-from .outcome import Record, to_json, write_whole
+from .outcome import Record, to_json, write_atomically
 from .parts import PARTS
 from .runner import ROOT
 
@@ -101,7 +101,7 @@ def _short(text: str) -> str:
 
 def write(folder: Path, facts: dict[str, str], records: Sequence[Record]) -> Path:
     """Write gpu_check.json and gpu_check.md; return the path of the latter."""
-    write_whole(folder / "gpu_check.json", to_json({"facts": facts, "parts": records}))
+    write_atomically(folder / "gpu_check.json", to_json({"facts": facts, "parts": records}))
     lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in facts.items()), "", "## Summary", ""]
     summary = [
         {k: r[k] for k in ("name", "status", "seconds")} | {"summary": " ".join(r["summary"].split())} for r in records
@@ -110,7 +110,7 @@ def write(folder: Path, facts: dict[str, str], records: Sequence[Record]) -> Pat
     for record in records:
         lines += ["", *_section(record)]
     path = folder / "gpu_check.md"
-    write_whole(path, "\n".join(lines) + "\n")
+    write_atomically(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.experiment.bench import timing
+from experiment.bench import timing
 
 from .groups import fake_group
 from .inputs import FORMATS, draw, make_layer, refuse_reference

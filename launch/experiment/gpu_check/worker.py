@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from . import needs
-from .outcome import FAILED, OK, Outcome, Record, make_record, to_json, write_whole
+from .outcome import FAILED, OK, Outcome, Record, make_record, to_json, write_atomically
 from .parts import Part
 
 _NUM_LINES = 12  # of a traceback, in the report; all of it goes to the part's log
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     """Run the part that the arguments describe."""
     description, device, path = arguments
     part = Part(**json.loads(description))
-    write_whole(Path(path), to_json(run(part, device)))
+    write_atomically(Path(path), to_json(run(part, device)))
 
 
 def run(part: Part, device: str) -> Record:

@@ -1,0 +1,99 @@
+"""One layer, forward and backward: its kernels and host work, in a group of two whose collectives return at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from experiment.bench import timing
+from experiment.bench.contenders import CONTENDERS
+from experiment.bench.spawn import fake_group
+from experiment.bench.tables import Table, ratio, shape_text, spread
+from syncbn import use_kernels
+
+Row = dict[str, Any]
+BASES = ("plain", "composed", "floor")
+_CLASSES = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def measure(config: DictConfig) -> list[Row]:
+    """Time one forward and backward pass of every contender, for every shape and memory format.
+
+    Returns:
+        Rows of `shape`, `format` ("contiguous" or "channels_last", which inputs of 2 and 3 dimensions do not have)
+        and what `timing.summarize` says.
+    """
+    part, rows = config.layer, []
+    cases = [(tuple(s), f) for s in part.shapes for f in part.formats if f == "contiguous" or len(s) in _LAST]
+    torch.manual_seed(0)
+    with fake_group():
+        for shape, form in cases:
+            x, dy = (_random(shape, form, part.dtype, config.device) for _ in range(2))
+            passes = {name: _both_passes(make_layer(name, x), x, dy) for name in part.contenders}
+            times = timing.interleave(passes, part.rounds, lambda n: use_kernels(CONTENDERS[n].kernels), config.device)
+            rows += [{"shape": list(shape), "format": form, **row} for row in timing.summarize(times, BASES)]
+    return rows
+
+
+def make_layer(name: str, x: Tensor) -> nn.Module:
+    """Make the contender's layer for inputs like ``x``; parameters are float32 for half types."""
+    dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    return CONTENDERS[name].convert(_CLASSES[x.dim()](x.shape[1], device=x.device, dtype=dtype))
+
+
+def _both_passes(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
+    inputs = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x), inputs, dy)
+
+
+def _random(shape: Sequence[int], form: str, dtype: str, device: str) -> Tensor:
+    memory_format = _LAST[len(shape)] if form == "channels_last" else torch.contiguous_format
+    x = torch.randn(*shape, device=device).to(getattr(torch, dtype), memory_format=memory_format)
+    return x.requires_grad_()
+
+
+def tabulate(rows: Sequence[Row]) -> list[Table]:
+    """Lay out a summary by contender, and ratios and times by shape."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    return [_summary(rows, names), _by_case(rows, names)]
+
+
+def _summary(rows: Sequence[Row], names: Sequence[str]) -> Table:
+    forms = list(dict.fromkeys(row["format"] for row in rows))
+    lines = []
+    for name in names:
+        mine = [row for row in rows if row["contender"] == name]
+        means = [_mean([row for row in mine if row["format"] == form], "plain") for form in forms]
+        worst = max((row["ratios"]["plain"].median for row in mine if "plain" in row["ratios"]), default=None)
+        ends = [_mean(mine, "composed"), _mean(mine, "floor")]
+        lines.append([CONTENDERS[name].label, *means, _mean(mine, "plain"), ratio(worst), *ends])
+    columns = ["", *forms, "all", "worst", "to composed", "to floor"]
+    note = (
+        "Time over that of nn.BatchNorm; the last columns over that of the composed layer and of the streaming floor. "
+        "Geometric means over shapes of the medians of ratios within a round."
+    )
+    return Table("Layer, forward and backward", columns, lines, note)
+
+
+def _mean(rows: Sequence[Row], base: str) -> str:
+    medians = [row["ratios"][base].median for row in rows if base in row["ratios"]]
+    return ratio(timing.geometric_mean(medians) if medians else None)
+
+
+def _by_case(rows: Sequence[Row], names: Sequence[str]) -> Table:
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((shape_text(row["shape"]), row["format"]), {})[row["contender"]] = row
+    lines = []
+    for case, of in cases.items():
+        cells = [spread(of[name]["ratios"].get("plain")) for name in names if name != "plain"]
+        lines.append([*case, *([f"{of['plain']['ms'].median:.3g}"] if "plain" in of else []), *cells])
+    plain = ["plain, ms"] if "plain" in names else []
+    note = "Median (quartiles) of the ratios to plain nn.BatchNorm within a round."
+    columns = ["shape", "format", *plain, *(name for name in names if name != "plain")]
+    return Table("Layer by shape", columns, lines, note)

@@ -1,0 +1,47 @@
+"""The parts of a run: what measures, and what makes tables of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+
+from experiment.bench import collectives, contenders, layer, memory, training_step
+from experiment.bench.scaling import measure, tables
+from experiment.bench.tables import Table
+
+Row = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """``measure`` returns rows that JSON can hold; ``tabulate`` lays them out."""
+
+    measure: Callable[[DictConfig], list[Row]]
+    tabulate: Callable[[Sequence[Row]], list[Table]]
+
+
+PARTS = {
+    "layer": Part(layer.measure, layer.tabulate),
+    "step": Part(training_step.measure, training_step.tabulate),
+    "collectives": Part(collectives.measure, collectives.tabulate),
+    "memory": Part(memory.measure, memory.tabulate),
+    "scale": Part(measure.measure, tables.tabulate),
+}
+
+
+def check(config: DictConfig) -> None:
+    """Refuse what cannot run, before anything is measured.
+
+    Raises:
+        ValueError: For an unknown part or contender, with the choices; for a GPU that is not there.
+    """
+    unknown = [name for name in config.parts if name not in PARTS]
+    if unknown:
+        raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    for part in config.parts:
+        for key in ("contenders", "step_contenders"):
+            contenders.check(config[part].get(key, ()))
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: expected a GPU, found none; use device=cpu")

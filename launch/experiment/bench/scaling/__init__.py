@@ -1,0 +1,1 @@
+"""How the cost grows with ranks and network delay: measurements and a cost model."""

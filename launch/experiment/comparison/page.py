@@ -1,0 +1,148 @@
+"""The report: one HTML page that needs nothing else, its plots and tables as files beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from experiment.comparison import export, formatting, plots
+from experiment.comparison.conclusions import draw_conclusions
+from experiment.comparison.curves import training_lines
+from experiment.comparison.images import to_inline_svg, to_png, to_svg
+from experiment.comparison.results_table import REFERENCE, ResultsTable, Row
+from experiment.comparison.settings import MODES, settings, warnings
+from experiment.comparison.statistics import Interval, mean_interval
+from experiment.training.atomic_files import write
+
+TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the page, drawn for light and for dark."""
+
+    name: str
+    caption: str
+    light: Markup
+    dark: Markup
+
+
+def write_report(rows: Sequence[Row], folder: Path, *, title: str, command: str, missing: int = 0) -> Path:
+    """Write `index.html`, `results.csv`, `summary.csv` and `plots/` into `folder`; equal rows give equal files.
+
+    Args:
+        rows: one per cell, as in the results file, in any order.
+        folder: made if it is not there; files of these names are replaced.
+        title: heading of the page.
+        command: that runs the whole grid.
+        missing: number of cells of the grid that have no row.
+
+    Returns:
+        The page's path.
+    """
+    results = ResultsTable.of(rows)
+    cells = [*results.done, *results.failed]
+    tables = {"results.csv": export.results_csv(cells), "summary.csv": export.summary_csv(results)}
+    curves = [_error_plot(results, world_size, folder) for world_size in results.world_sizes]
+    trainings = _training_plots(results, folder)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(TEMPLATE).render(
+        title=title,
+        command=command,
+        results=results,
+        reference=REFERENCE,
+        conclusions=draw_conclusions(results),
+        warnings=warnings(results, missing),
+        settings=settings(results) if results.done else [],
+        curves=curves,
+        trainings=trainings,
+        changes=[line for w in results.world_sizes for label in results.labels for line in results.changes(label, w)],
+        costs=_costs(results),
+        cells=cells,
+        downloads={name: _data_uri(text) for name, text in tables.items()},
+        modes=MODES,
+        formatting=formatting,
+    )
+    for name, text in {**tables, "index.html": page}.items():
+        write(folder / name, text)
+    return folder / "index.html"
+
+
+def _error_plot(results: ResultsTable, world_size: int, folder: Path) -> Plot:
+    name = f"error_{world_size}_ranks"
+    figures = [plots.error_curve(results, world_size, theme) for theme in (plots.LIGHT, plots.DARK)]
+    means = [f"{label}: {_curve_in_words(results, label, world_size)}" for label in results.labels]
+    title = f"Test error in % against images per rank, {formatting.count(world_size, 'rank')}. {'; '.join(means)}"
+    caption = (
+        f"Test error with {results.mode} statistics, {formatting.count(world_size, 'rank')}: mean over seeds, band: "
+        f"95 % interval by Student's t. Numbers: summary.csv, world_size {world_size}, mode {results.mode}."
+    )
+    return _plot(name, figures, title, caption, folder)
+
+
+def _curve_in_words(results: ResultsTable, label: str, world_size: int) -> str:
+    means = {b: results.mean(label, world_size, b, results.mode) for b in results.batches(world_size, label)}
+    return ", ".join(
+        f"{formatting.percent(mean.mean)} at {batch}" for batch, mean in means.items() if mean is not None
+    )
+
+
+def _training_plots(results: ResultsTable, folder: Path) -> list[Plot]:
+    """Draw one small figure per world size and batch, all with one loss axis."""
+    keys = [(world_size, batch) for world_size in results.world_sizes for batch in results.batches(world_size)]
+    found = {key: training_lines(results, *key) for key in keys}
+    shared = [loss for lines in found.values() for line in lines for loss in line.y]
+    drawn = []
+    for (world_size, batch), lines in found.items():
+        if not lines:
+            continue
+        title = f"{formatting.count(batch, 'image')} per rank, {formatting.count(world_size, 'rank')}"
+        figures = [plots.training_curve(lines, title, shared, theme) for theme in (plots.LIGHT, plots.DARK)]
+        labels = ", ".join(line.name for line in lines)
+        name = f"loss_{world_size}_ranks_{batch}_per_rank"
+        drawn.append(_plot(name, figures, f"Training loss against step, {title}: {labels}", title, folder))
+    return drawn
+
+
+def _plot(name: str, figures: Sequence[Figure], title: str, caption: str, folder: Path) -> Plot:
+    light, dark = [to_svg(figure) for figure in figures]
+    write(folder / "plots" / f"{name}.svg", light)
+    write(folder / "plots" / f"{name}.png", to_png(figures[0]))
+    inline = [
+        Markup(to_inline_svg(svg, f"{name}-{theme}", title)) for svg, theme in ((light, "light"), (dark, "dark"))
+    ]
+    return Plot(name, caption, *inline)
+
+
+def _costs(results: ResultsTable) -> list[tuple[str, int, int, dict[str, Interval | None]]]:
+    """Average what the cells took, over seeds."""
+    lines = []
+    for world_size in results.world_sizes:
+        for label in results.labels:
+            for batch in results.batches(world_size, label):
+                cells = results.cells(label, world_size, batch)
+                names = ("seconds", "training_seconds", "images_per_second")
+                lines.append((label, world_size, batch, {name: _mean(cells, name) for name in names}))
+    return lines
+
+
+def _mean(cells: Sequence[Row], name: str) -> Interval | None:
+    values: list[Any] = [row[name] for row in cells if row.get(name) is not None]
+    return mean_interval(values) if values else None
+
+
+def _data_uri(text: str) -> str:
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.encode("utf-8", "backslashreplace")).decode()

@@ -1,0 +1,154 @@
+"""The rows of a results file, looked up by arm, ranks, batch and seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
+
+from experiment.comparison.statistics import Interval, Paired, holm, mean_interval, paired, verdict
+from experiment.evaluate import MODES
+
+Row = Mapping[str, Any]
+Seeds = dict[Any, float]
+ARMS = ("bn", "syncbn_2", "syncbn_4", "syncbn_node", "syncbn", "gn", "ln", "in", "frozen", "none")  # then the user's
+REFERENCE = "syncbn"
+FIRST = ("bn", REFERENCE, "gn")  # look the same in every report
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One line of paired differences: `label` at `batch` against `against`."""
+
+    label: str
+    world_size: int
+    batch: int
+    against: str
+    interval: Interval
+    p: float | None = None
+    corrected: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Is it real?"""
+        return verdict(self.corrected)
+
+
+@dataclass
+class ResultsTable:
+    """Done and failed cells in an order of their own, so that the order of the rows changes nothing.
+
+    A cell that comes twice counts once, its last row; of cells that differ in nothing but their names the last counts.
+    """
+
+    done: list[Row]
+    failed: list[Row]
+    num_replaced: int = 0
+    _seeds: dict[tuple[str, int, int], dict[Any, Row]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> ResultsTable:
+        """Sort the rows."""
+        cells = sorted({str(row.get("cell")): row for row in rows}.values(), key=_order)
+        results = cls([r for r in cells if r["status"] == "done"], [r for r in cells if r["status"] != "done"])
+        for row in results.done:
+            seeds = results._seeds.setdefault((row["label"], row["world_size"], row["per_rank_batch_size"]), {})
+            results.num_replaced += row["seed"] in seeds
+            seeds[row["seed"]] = row
+        return results
+
+    @property
+    def labels(self) -> list[str]:
+        """The arms, as the tables name them."""
+        return list(dict.fromkeys(row["label"] for row in self.done))
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Number the arms, for colour and marker."""
+        others = [label for label in self.labels if label not in FIRST]
+        return {label: place for place, label in enumerate([*FIRST, *others]) if label in self.labels}
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """All world sizes, rising."""
+        return sorted({row["world_size"] for row in self.done})
+
+    @property
+    def seeds(self) -> list[Any]:
+        """All seeds, rising."""
+        return sorted({row["seed"] for row in self.done})
+
+    @property
+    def modes(self) -> list[str]:
+        """The evaluation modes that any cell has."""
+        found = dict.fromkeys(mode for row in self.done for mode in row.get("evaluations") or {})
+        return [mode for mode in MODES if mode in found] + sorted(found.keys() - set(MODES))
+
+    @property
+    def mode(self) -> str:
+        """The mode of curve and tests: what DDP keeps, if it was evaluated."""
+        return next(iter(self.modes), MODES[0])
+
+    def batches(self, world_size: int, label: str | None = None) -> list[int]:
+        """The per-rank batch sizes at a world size, rising; of one arm, or of all."""
+        keys = [key for key in self._seeds if key[1] == world_size and label in (None, key[0])]
+        return sorted({batch for _, _, batch in keys})
+
+    def cells(self, label: str, world_size: int, batch: int) -> list[Row]:
+        """The rows of one point of the curve, one per seed."""
+        return list(self._seeds.get((label, world_size, batch), {}).values())
+
+    def values(self, label: str, world_size: int, batch: int, mode: str, name: str = "test_error") -> Seeds:
+        """One number per seed; what was not evaluated or is no number is left out."""
+        rows = self.cells(label, world_size, batch)
+        found = {row["seed"]: ((row.get("evaluations") or {}).get(mode) or {}).get(name) for row in rows}
+        return {seed: float(value) for seed, value in found.items() if is_number(value)}
+
+    def mean(self, label: str, world_size: int, batch: int, mode: str, name: str = "test_error") -> Interval | None:
+        """The mean over seeds; None without any value."""
+        values = self.values(label, world_size, batch, mode, name)
+        return mean_interval(list(values.values())) if values else None
+
+    def differences(self) -> list[Difference]:
+        """Every arm against syncbn at equal ranks and batch; p values are corrected over all of them."""
+        found = [
+            _difference(self, (label, world_size, batch), (REFERENCE, world_size, batch), REFERENCE)
+            for world_size in self.world_sizes
+            for batch in self.batches(world_size)
+            for label in self.labels
+            if label != REFERENCE
+        ]
+        lines = [line for line in found if line is not None]
+        corrected = holm([line.p for line in lines])
+        return [replace(line, corrected=p) for line, p in zip(lines, corrected, strict=True)]
+
+    def changes(self, label: str, world_size: int) -> list[Difference]:
+        """An arm at its smaller batches against itself at its largest."""
+        batches = self.batches(world_size, label)
+        found = [
+            _difference(self, (label, world_size, batch), (label, world_size, batches[-1]), str(batches[-1]))
+            for batch in batches[:-1]
+        ]
+        return [line for line in found if line is not None]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a stored value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _difference(
+    results: ResultsTable, key: tuple[str, int, int], reference: tuple[str, int, int], against: str
+) -> Difference | None:
+    values, others = results.values(*key, results.mode), results.values(*reference, results.mode)
+    found: Paired | None = paired(values, others)
+    return None if found is None else Difference(*key, against, found.interval, found.p)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    arm = str(row.get("arm"))
+    place = ARMS.index(arm) if arm in ARMS else len(ARMS)
+    numbers = [row.get(name) or 0 for name in ("world_size", "per_rank_batch_size", "seed")]
+    group = row.get("group_size")
+    return place, arm, group is None, str(group).zfill(9), str(row.get("label")), *numbers, str(row.get("cell"))

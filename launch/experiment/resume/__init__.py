@@ -1,0 +1,1 @@
+"""Stop and resume a run: its directory, its progress, its checkpoints."""

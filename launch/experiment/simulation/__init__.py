@@ -1,0 +1,1 @@
+"""One process that computes what several ranks would."""

@@ -1,0 +1,1 @@
+"""The data sets, one data module per source."""

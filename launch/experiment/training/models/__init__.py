@@ -1,0 +1,1 @@
+"""The models: classifiers and a U-Net, never with pretrained weights."""

@@ -1,0 +1,55 @@
+"""The arm of a run, from one file of conf/norm: which norm the model's BatchNorm layers become."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning as L
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import syncbn
+from experiment.training.instantiate import instantiate
+from syncbn.distributed.subgroups import check_size
+from syncbn.lightning import NormConverter
+
+
+def make_converter(norm: DictConfig | None) -> L.Callback | None:
+    """Make the callback that converts the model; None leaves it as written.
+
+    `_target_` names a callback (`syncbn.lightning.NormConverter` in every file of conf/norm), or a norm of the user's
+    own: a class or function that makes a module from `num_features` and the file's other words.
+    """
+    if norm is None:
+        return None
+    target = get_object(norm["_target_"])
+    if isinstance(target, type) and issubclass(target, L.Callback):
+        callback: L.Callback = instantiate(norm)
+        return callback
+    words: dict[str, Any] = {k: v for k, v in OmegaConf.to_object(norm).items() if k != "_target_"}  # type: ignore[union-attr,misc]
+    return NormConverter(partial(target, **words) if words else target)
+
+
+def apply(converter: L.Callback | None, model: nn.Module, world_size: int) -> None:
+    """Convert `model` now, as the callback would later, so that what it refuses is found before training.
+
+    Raises:
+        ValueError: as `syncbn.convert`; groups that do not divide `world_size`; a callback that is no NormConverter.
+    """
+    if converter is None:
+        return
+    if not isinstance(converter, NormConverter):
+        raise ValueError(f"only a NormConverter can be applied ahead, got {type(converter).__name__}")
+    size = converter.options["process_group"]
+    if isinstance(size, int) and not isinstance(size, bool):
+        check_size(size, world_size)
+    syncbn.convert(model, converter.norm, **converter.options)
+
+
+def name_of(norm: DictConfig | None) -> str:
+    """Name the arm in a run's results."""
+    if norm is None:
+        return "as written"
+    return str(norm.norm) if isinstance(norm.get("norm"), str) else str(norm["_target_"]).rpartition(".")[2]

@@ -1,0 +1,183 @@
+"""The record of one run: its folder, what went in, what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import platform
+import shlex
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+import syncbn
+from experiment.training.atomic_files import write
+from experiment.training.sharding import BatchPlan
+from experiment.training.task import Task
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "torchvision", "timm", "scikit-learn", "numpy")
+
+
+def new_folder(root: Path, now: datetime) -> Path:
+    """Make a folder named by the time, with a number behind it if that name is taken; never one that exists."""
+    for number in itertools.count():
+        folder = root / f"{now:%Y-%m-%d_%H-%M-%S}{f'_{number}' if number else ''}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def first_line(error: Exception) -> str:
+    """Shorten a message of another library."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def versions() -> dict[str, str]:
+    """List the versions that can change a result; a package that is not installed is left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "syncbn": syncbn.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_inputs(folder: Path, config: DictConfig) -> None:
+    """Write `config.yaml`, every interpolation resolved, and `run.json` with command, start and versions.
+
+    A run that goes on in its folder keeps the `run.json` it began with.
+
+    Raises:
+        ValueError: `run.json` is damaged.
+    """
+    write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    if (folder / "run.json").exists():
+        read_json(folder / "run.json", "remove it: the next start writes its own")  # found before training
+    else:
+        run = {"command": shlex.join(sys.argv), "start": datetime.now().isoformat(timespec="seconds")}
+        _write_json(folder / "run.json", {**run, "versions": versions()})
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write `results.json`: the results and what `run.json` says. With it a run is finished."""
+    _write_json(folder / "results.json", {**results, **json.loads((folder / "run.json").read_text())})
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """Read what this module wrote.
+
+    Raises:
+        ValueError: it is damaged; the message ends with `advice`.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}): {advice}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (expected names and values, got {content!r}): {advice}")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write(path, json.dumps(content, indent=2) + "\n")
+
+
+class Clock(Callback):
+    """Measure the seconds of training without those of validation; `seconds` may begin at those of earlier starts."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.since: float | None = None
+
+    def elapsed(self) -> float:
+        """Tell the seconds up to now."""
+        return self.seconds + (0.0 if self.since is None else time.monotonic() - self.since)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run."""
+        self.since = time.monotonic()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand still."""
+        self.seconds, self.since = self.elapsed(), None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run on."""
+        self.since = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop."""
+        self.seconds, self.since = self.elapsed(), None
+
+
+def summarize_training(trainer: Trainer, task: Task, plan: BatchPlan) -> dict[str, Any]:
+    """Gather what a finished fit tells.
+
+    Returns:
+        `images_per_second` over all ranks in training, batch sizes in images, `lr` at its peak.
+    """
+    [clock] = [callback for callback in trainer.callbacks if isinstance(callback, Clock)]  # type: ignore[attr-defined]
+    seconds = clock.elapsed()
+    return {
+        "images_per_second": task.num_steps * plan.global_batch_size / seconds if task.num_steps else 0.0,
+        "training_seconds": seconds,
+        "num_steps": task.num_steps,
+        "lr": task.lr,
+        "global_batch_size": plan.global_batch_size,
+        **dataclasses.asdict(plan),
+        "device": str(trainer.strategy.root_device),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def summarize_tests(task: Task, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Gather the results of the tests: all of them, and beside them those of the first mode as scores.
+
+    Returns:
+        Scores and errors as fractions (`error = 1 - score`), losses in nats per label.
+    """
+    first = next(iter(evaluations.values()))
+    return {
+        "score": task.score_name,
+        f"test_{task.score_name}": 1 - first["test_error"],
+        "test_loss": first["test_loss"],
+        "train_error": first["train_error"],
+        "evaluations": evaluations,
+    }
+
+
+def print_table(results: dict[str, Any], folder: Path) -> None:
+    """Print the results, a row each."""
+    table = Table("", Column(overflow="fold"), show_header=False)
+    score, others = results["score"], dict(list(results["evaluations"].items())[1:])
+    rows = {
+        "arm": results["arm"],
+        f"test {score}": f"{results[f'test_{score}']:.4f}",
+        "test loss": f"{results['test_loss']:.4f}",
+        **{f"test {score}, {mode} statistics": f"{1 - r['test_error']:.4f}" for mode, r in others.items()},
+        "train error (eval mode)": f"{results['train_error']:.4f}",
+        "training images/s": f"{results['images_per_second']:.0f}",
+        "world size": f"{results['world_size']}{' (simulated)' if results['simulate'] else ''}",
+        "per-rank batch": f"{results['per_rank_batch_size']}",
+        "accumulated batches": f"{results['accumulate']}",
+        "global batch": f"{results['global_batch_size']}",
+        "output folder": str(folder),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value), end_section=name == "output folder")
+    Console().print(table)
