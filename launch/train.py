@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 launch/train.py +norm=gn data.per_rank_batch_size=2
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 launch/train.py +norm=syncbn
     torchrun launch/train.py +norm=syncbn model=timm model.arch=efficientnet_b0 data=imagefolder data.root=PATH
-    python launch/train.py +norm=bn simulate=4 data.per_rank_batch_size=1  # this process stands for 4 ranks
+    python launch/train.py +norm=bn simulate=4 data.per_rank_batch_size=1  # this process simulates 4 ranks
     python launch/train.py +norm=syncbn audit=true                         # look at the norm layers, do not train
-    torchrun launch/train.py +norm=syncbn run_dir=runs/a                   # stopped, the same command goes on
+    torchrun launch/train.py +norm=syncbn run_dir=runs/a                   # after a stop, the same command resumes
     torchrun launch/train.py +norm=syncbn ckpt_path=outputs/RUN/checkpoints/last.ckpt    # a new run from there
     python launch/train.py --help                                          # every group and setting
 
@@ -108,7 +108,7 @@ def make_environment(world: World) -> ClusterEnvironment:
 
 
 def find_start(config: DictConfig, world: World, data: ImageData, task: Task, *, converted: bool) -> Start:
-    """Find the checkpoint this run goes on from, read it, and refuse it before any process group exists."""
+    """Find and check the checkpoint that this run resumes from, before any process group exists."""
     now = Progress(data.plan, len(data.splits.train), config.seed, world.simulate, world.world_size, task.lr)
     return run_folder.find_start(config, now, task if converted else None)
 
@@ -146,7 +146,7 @@ def make_trainer(
 
 
 def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
-    """Go on from a checkpoint or begin, then test; every rank calls this."""
+    """Train, from the beginning or a checkpoint, then test; every rank calls this."""
     callbacks = convert(config, world, data, task)
     converted = all(isinstance(callback, NormConverter) for callback in callbacks)  # others do it in the fit
     find = partial(find_start, config, world, data, task, converted=converted)

@@ -60,7 +60,7 @@ def test_a_cells_overrides_are_its_place():
     assert len(cells) == 12
     for cell in cells:
         config = as_config(cell)
-        assert OmegaConf.to_container(config.norm) == cell.norm == cell.place()["norm"]
+        assert OmegaConf.to_container(config.norm) == cell.norm == cell.coordinates()["norm"]
         assert (config.seed, config.simulate, config.evaluate) == (3, cell.world_size, ["precise"])
         assert config.data.per_rank_batch_size == cell.per_rank_batch_size
         assert config.data.accumulate == cell.accumulate == 32 // cell.world_size // cell.per_rank_batch_size

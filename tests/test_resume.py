@@ -350,7 +350,7 @@ def test_the_order_of_data_goes_on(rank, accumulate):
         one.set_epoch(epoch)
         expected = list(one)
         for start in range(len(one)):
-            other.go_on(epoch, start)
+            other.resume(epoch, start)
             other.set_epoch(epoch)
             assert list(other) == expected[start:]
             assert list(other) == expected  # the next iteration is whole
@@ -364,35 +364,35 @@ def place(world_size=2, per_rank=4, accumulate=1, num_images=80, seed=0, simulat
 def test_another_world_at_equal_global_batches_is_the_same_step(epoch):
     saved = place(epoch=epoch, step_of_epoch=7, step=10 * epoch + 7)
     for now in (place(4, 2), place(1, 8), place(1, 4, 2), place(8, 1)):
-        there, notes = now.go_on_from(Progress.from_dict(saved.as_dict()))
+        there, notes = now.resume_from(Progress.from_dict(saved.as_dict()))
         assert (there.epoch, there.step_of_epoch, there.step) == (epoch, 7, saved.step)
         assert there.batch_of_epoch == 7 * now.plan.accumulate
         assert f"ranks 2 -> {now.plan.world_size}" in notes
         assert {"every step has the same images as before", "running statistics from rank 0, random streams anew"} <= {
             *notes
         }
-    assert saved.go_on_from(saved) == (saved, [])
+    assert saved.resume_from(saved) == (saved, [])
 
 
 def test_another_global_batch_goes_on_where_the_images_seen_are_whole_steps():
     saved = place(epoch=1, step_of_epoch=6, step=16)  # 48 images into epoch 1
-    there, notes = place(1, 4).go_on_from(saved)
+    there, notes = place(1, 4).resume_from(saved)
     assert (there.epoch, there.step_of_epoch, there.step) == (1, 12, 32)
     assert {"global batch 8 -> 4", "steps per epoch 10 -> 20"} <= {*notes}
-    there, _ = place(4, 4).go_on_from(saved)
+    there, _ = place(4, 4).resume_from(saved)
     assert (there.epoch, there.step_of_epoch, there.step) == (1, 3, 8)
     with pytest.raises(
         ValueError, match=r"48 images into epoch 1, no whole steps of 20 images: set data.global_batch_size=8"
     ):
-        place(5, 4).go_on_from(saved)
+        place(5, 4).resume_from(saved)
     between = place(epoch=2, step=20)
-    there, notes = place(5, 4, seed=1).go_on_from(between)
+    there, notes = place(5, 4, seed=1).resume_from(between)
     assert (there.epoch, there.step_of_epoch, there.step) == (2, 0, 8)
     assert "seed 0 -> 1" in notes
     with pytest.raises(ValueError, match="order of images is another: seed 0 -> 1"):
-        place(seed=1).go_on_from(saved)
+        place(seed=1).resume_from(saved)
     with pytest.raises(ValueError, match="simulate=null, here it is 2"):
-        place(simulate=2).go_on_from(between)
+        place(simulate=2).resume_from(between)
 
 
 def test_another_number_of_threads_is_said(here, whole, capsys):  # noqa: F811

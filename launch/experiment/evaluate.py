@@ -1,8 +1,8 @@
-"""Test a trained model under one choice of BatchNorm statistics after another.
+"""Test a trained model with each requested choice of BatchNorm statistics.
 
 - rank0: the running statistics of rank 0, which DDP keeps and a checkpoint holds;
 - averaged: the mean of all ranks' running statistics;
-- precise: computed anew from training batches, `syncbn.update_bn_stats`;
+- precise: computed from training batches after training, `syncbn.update_bn_stats`;
 - batch: those of each test batch, as large as in training (test images that do not fill the last one are left out).
 """
 

@@ -1,1 +1,1 @@
-"""Measurements of speed, collectives and memory, with peers beside us in the same run: `launch/bench.py`."""
+"""Measurements of speed, collectives and memory, beside other implementations in the same run: `launch/bench.py`."""

@@ -1,4 +1,4 @@
-"""What our layer is measured beside, each written here from its published algorithm: for measurement only.
+"""Other ways to synchronize BatchNorm, written here from their published algorithms, for measurement only.
 
 All are for training, with ``weight`` and ``bias`` and inputs that are not empty. They replace the
 class of an ``nn.BatchNorm*d`` and so keep its parameters and buffers.

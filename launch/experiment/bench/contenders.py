@@ -1,4 +1,4 @@
-"""Who is measured: ways to make a model of a model with nn.BatchNorm, and the kernels it then runs with."""
+"""The implementations that are measured: how each converts a model with nn.BatchNorm, and its kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One layer, forward and backward: its kernels and host work, in a group of two whose collectives return at once."""
+"""Time one layer, forward and backward, without the exchange: in a group whose collectives return at once."""
 
 from __future__ import annotations
 

@@ -54,9 +54,9 @@ def _draw_layer(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
         places = [names.index(row["contender"]) + (0.12 if form == "channels_last" else -0.12) for row in mine]
         values = [row["ratios"]["plain"].median for row in mine]
         axes.plot(values, places, marker, color=color, alpha=0.7, label=form)
-    for place, name in enumerate(names):
+    for height, name in enumerate(names):
         mean = geometric_mean([row["ratios"]["plain"].median for row in rows if row["contender"] == name])
-        axes.plot([mean, mean], [place - 0.35, place + 0.35], color=INK, linewidth=2)
+        axes.plot([mean, mean], [height - 0.35, height + 0.35], color=INK, linewidth=2)
     axes.plot([], [], color=INK, linewidth=2, label="geometric mean")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -65,9 +65,9 @@ def _draw_layer(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
 
 
 def _draw_step(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
-    for place, row in enumerate(rows):
+    for height, row in enumerate(rows):
         low, median, high = row["ratios"]["bare"]
-        axes.plot([low, high], [place, place], color=COLOR, linewidth=2)
-        axes.plot([median], [place], "o", color=COLOR)
+        axes.plot([low, high], [height, height], color=COLOR, linewidth=2)
+        axes.plot([median], [height], "o", color=COLOR)
     axes.set_xlim(left=0)
     axes.set_title("Training step: time over bare all_reduces, quartiles", loc="left")

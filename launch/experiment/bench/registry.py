@@ -1,4 +1,4 @@
-"""The parts of a run: what measures, and what makes tables of what was measured."""
+"""The parts of a benchmark: for each, the function that measures and the one that makes its tables."""
 
 from __future__ import annotations
 

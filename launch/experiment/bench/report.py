@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: `bench.json`, `bench.md`, and the plot as `bench.svg` and `bench.png`."""
+"""The report of a benchmark: `bench.json`, `bench.md`, and the plot as `bench.svg` and `bench.png`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a function on real ranks, or on one that believes to be one of two, and bring back what it returns.
+"""Run a function on new rank processes, or on one rank of a group that exchanges nothing, and return its results.
 
 Every call starts fresh processes from a server that has done nothing but imports: they are there in a moment, and
 their peak memory is their own (that of a process started the ordinary way begins at its parent's). They meet over a

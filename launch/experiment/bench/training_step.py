@@ -1,4 +1,4 @@
-"""A training step of a whole model on real ranks: what synchronization costs beside the same model without it.
+"""Time a training step of a whole model on real ranks, with and without synchronization.
 
 Each rank has a model of its own per contender: gradients are not averaged, so that the time is that of the norm layers
 and not of DistributedDataParallel.

@@ -1,1 +1,1 @@
-"""The comparison: cells of a grid, run one after another, and the report of their results."""
+"""The comparison: a grid of runs, each called a cell, and the report of their results."""

@@ -1,4 +1,4 @@
-"""Say in plain words what the numbers show, and what they do not."""
+"""Sentences on what the numbers of a comparison show, and what they do not."""
 
 from __future__ import annotations
 

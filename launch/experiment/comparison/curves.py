@@ -1,4 +1,4 @@
-"""What the figures show: each arm's line."""
+"""The curves of the figures: one line per arm, of test error or training loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write numbers as the tables and sentences show them."""
+"""Format numbers for tables and sentences."""
 
 from __future__ import annotations
 

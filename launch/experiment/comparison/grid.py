@@ -23,7 +23,7 @@ OTHERS = ("engine", "isolate", "node_size", "evaluate", "jobs", "output_dir")
 
 @dataclass(frozen=True)
 class Cell:
-    """Hold one run of launch/train.py: its place in the grid, and the overrides that make it."""
+    """One run of launch/train.py: its coordinates in the grid, and its overrides."""
 
     arm: str
     per_rank_batch_size: int
@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Name the line of the picture this cell lies on."""
+        """Name the curve that this cell belongs to."""
         return self.arm if self.group_size is None else f"{self.arm}, groups of {self.group_size}"
 
     @property
@@ -45,8 +45,8 @@ class Cell:
         group = "" if self.group_size is None else f"-g{self.group_size}"
         return f"{self.arm}{group}-w{self.world_size}-p{self.per_rank_batch_size}-s{self.seed}"
 
-    def place(self) -> dict[str, Any]:
-        """Give the coordinates, as a row of the results has them."""
+    def coordinates(self) -> dict[str, Any]:
+        """Return the coordinates, named as in a row of the results."""
         names = ("arm", "label", "per_rank_batch_size", "world_size", "group_size", "seed", "accumulate", "norm")
         return {"cell": self.id, **{name: getattr(self, name) for name in names}}
 
@@ -83,8 +83,8 @@ def make_cells(config: DictConfig, shared: Sequence[str]) -> list[Cell]:
         synchronizes = norms[arm].get("norm") == "syncbn"
         for group_size in config.group_sizes if synchronizes else [None]:
             norm = norms[arm] if group_size is None else {**norms[arm], "process_group": group_size}
-            place = (arm, per_rank, world_size, group_size, seed, accumulate)
-            cells.append(Cell(*place, tuple(_overrides(config, shared, *place)), norm))
+            point = (arm, per_rank, world_size, group_size, seed, accumulate)
+            cells.append(Cell(*point, tuple(_overrides(config, shared, *point)), norm))
             problems += _problems(config, cells[-1])
     if problems:
         raise ValueError("\n  ".join(["the grid has cells that cannot be run:", *dict.fromkeys(problems)]))

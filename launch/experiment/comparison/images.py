@@ -1,4 +1,4 @@
-"""Figures as files and as parts of a page: equal figures give equal bytes."""
+"""Save figures as PNG, SVG and SVG within a page; equal figures give equal bytes."""
 
 from __future__ import annotations
 

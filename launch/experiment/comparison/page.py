@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing else, its plots and tables as files beside it."""
+"""The report as one self-contained HTML page, with its plots and tables as files beside it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def write_report(rows: Sequence[Row], folder: Path, *, title: str, command: str,
 def _error_plot(results: ResultsTable, world_size: int, folder: Path) -> Plot:
     name = f"error_{world_size}_ranks"
     figures = [plots.error_curve(results, world_size, theme) for theme in (plots.LIGHT, plots.DARK)]
-    means = [f"{label}: {_curve_in_words(results, label, world_size)}" for label in results.labels]
+    means = [f"{label}: {_describe_curve(results, label, world_size)}" for label in results.labels]
     title = f"Test error in % against images per rank, {formatting.count(world_size, 'rank')}. {'; '.join(means)}"
     caption = (
         f"Test error with {results.mode} statistics, {formatting.count(world_size, 'rank')}: mean over seeds, band: "
@@ -93,7 +93,7 @@ def _error_plot(results: ResultsTable, world_size: int, folder: Path) -> Plot:
     return _plot(name, figures, title, caption, folder)
 
 
-def _curve_in_words(results: ResultsTable, label: str, world_size: int) -> str:
+def _describe_curve(results: ResultsTable, label: str, world_size: int) -> str:
     means = {b: results.mean(label, world_size, b, results.mode) for b in results.batches(world_size, label)}
     return ", ".join(
         f"{formatting.percent(mean.mean)} at {batch}" for batch, mean in means.items() if mean is not None

@@ -1,4 +1,4 @@
-"""The figures: test error against the per-rank batch size, and training curves."""
+"""Draw the figures: test error against the per-rank batch size, and training curves."""
 
 from __future__ import annotations
 

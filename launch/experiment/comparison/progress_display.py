@@ -1,4 +1,4 @@
-"""Show a comparison while it runs: what is done, what is running, and how long it will take."""
+"""Show the progress of a comparison: finished and running cells, and the remaining time."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def watch(running: Iterable[list[Running]], cells: Sequence[Cell], rows: Rows, c
         rows: The rows by cell id, growing while it runs.
         console: To draw on.
     """
-    before, told = set(rows), set(rows)
+    before, printed = set(rows), set(rows)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for now in itertools.chain(running, [[]]):
-            for row in [rows[cell.id] for cell in cells if cell.id in rows and cell.id not in told]:
-                told.add(row["cell"])
-                done = sum(cell.id in told for cell in cells)
+            for row in [rows[cell.id] for cell in cells if cell.id in rows and cell.id not in printed]:
+                printed.add(row["cell"])
+                done = sum(cell.id in printed for cell in cells)
                 console.print(f"{done}/{len(cells)} {_outcome(row)}", markup=False, highlight=False, soft_wrap=True)
             fresh = [row["seconds"] for cell, row in rows.items() if cell not in before]
             if console.is_terminal:
@@ -55,14 +55,14 @@ def _error(row: dict[str, Any]) -> float | None:
 
 def _matrix(cells: Sequence[Cell], rows: Rows, running: Sequence[Running]) -> Table:
     """Lay out lines x batch sizes: cells done, and their mean test error so far."""
-    places = sorted({(cell.world_size, cell.per_rank_batch_size) for cell in cells})
+    points = sorted({(cell.world_size, cell.per_rank_batch_size) for cell in cells})
     table = Table("test error so far", title="cells", title_justify="left")
-    for world_size, per_rank in places:
+    for world_size, per_rank in points:
         table.add_column(f"{per_rank} x {world_size} ranks", justify="right")
     for label in dict.fromkeys(cell.label for cell in cells):
         columns = [
-            [cell for cell in cells if (cell.label, cell.world_size, cell.per_rank_batch_size) == (label, *place)]
-            for place in places
+            [cell for cell in cells if (cell.label, cell.world_size, cell.per_rank_batch_size) == (label, *point)]
+            for point in points
         ]
         table.add_row(Text(label), *(_entry(column, rows, running) for column in columns))
     return table

@@ -1,4 +1,4 @@
-"""Run the cells: one process (or torchrun) each, as many at once as the cores allow, and read what came out."""
+"""Run the cells, each in a process (or torchrun) of its own, as many at once as the cores allow."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _row(done: Running, engine: str) -> dict[str, Any]:
     """Give the line of a cell that has ended."""
     num_processes = done.cell.world_size if engine == "torchrun" else 1
     row = {
-        **done.cell.place(),
+        **done.cell.coordinates(),
         "engine": engine,
         "start": done.start.isoformat(timespec="seconds"),
         "seconds": round(done.seconds, 1),

@@ -1,4 +1,4 @@
-"""How the cells were run, and what a reader must know before trusting their points."""
+"""The settings of the runs as the page lists them, and its warnings about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a few seeds can tell: means with intervals, paired differences, several tests at once."""
+"""Statistics over seeds: means with confidence intervals, paired tests, and their correction for multiplicity."""
 
 from __future__ import annotations
 

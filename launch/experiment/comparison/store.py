@@ -1,4 +1,4 @@
-"""The results file: a first line that says what all cells have in common, then one line per finished cell.
+"""The results file: a first line with the settings that all cells share, then one line per finished cell.
 
 Lines are only ever appended, each in one write that reaches the disk, so a run killed at any moment loses at most the
 cell it was writing. JSON only: nothing in it is ever executed.

@@ -1,4 +1,4 @@
-"""The report in the terminal."""
+"""The results as a table in the terminal."""
 
 from __future__ import annotations
 

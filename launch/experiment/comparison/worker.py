@@ -1,4 +1,4 @@
-"""What a run does for the comparison that started it: tell how far it is, and end when the comparison ends."""
+"""The side of a run that a comparison started: report its progress, and end when the comparison ends."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 import lightning as L
 
-VARIABLE = "SYNCBN_PROGRESS"  # set by the comparison: the file for the progress
+VARIABLE = "SYNCBN_PROGRESS"  # set by the comparison: path of the progress file
 
 
 def follow(callbacks: list[L.Callback]) -> None:
-    """If a comparison started this process, join it: report progress, and end as soon as it is gone."""
+    """If a comparison started this process, report progress to it, and exit as soon as it ends."""
     if VARIABLE in os.environ:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
         callbacks.append(ProgressReport(Path(os.environ[VARIABLE])))
 
 
 def _end_with_stdin() -> None:
-    """Wait for the end of the standard input: the comparison holds its other end, and loses it even by a SIGKILL."""
+    """Exit at the end of standard input: the comparison holds the other end, which closes even when it is killed."""
     while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
         pass
     os._exit(1)
 
 
 class ProgressReport(L.Callback):
-    """Write the fraction of the training that is done, about twice a second."""
+    """Write the fraction of training that is done, at most twice a second."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.written = path, 0.0

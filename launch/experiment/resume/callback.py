@@ -1,8 +1,8 @@
-"""Stop and go on: save between two optimizer steps, and bring a trainer back to exactly that moment.
+"""Save checkpoints between two optimizer steps, and restore a trainer to exactly that state.
 
-Lightning's checkpoint holds what rank 0 has. What each rank has for itself - running statistics, random streams, the
-metrics of a begun epoch - is gathered into it. Lightning's own callback saves before the metrics of a step are
-written; these checkpoints are made when all of a step is done, so that no row is lost or written twice.
+Lightning's checkpoint holds the state of rank 0. The state that every rank has of its own (running statistics, random
+states, the metrics of an unfinished epoch) is added to it. Lightning's own callback saves before the metrics of a
+step are written; these checkpoints are made after them, so that no row is lost or written twice.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Checkpoints(Checkpoint):
     Collectives: one all-reduce of one number per step (shall all stop?); with a checkpoint, two gathers to rank 0.
 
     Args:
-        folder: For the checkpoints; it matters on rank 0.
+        folder: For the checkpoints; used on rank 0 alone.
         start: Where the run starts.
-        every: Optimizer steps; None for the ends of epochs alone.
+        every: Number of optimizer steps between checkpoints; None for the ends of epochs alone.
     """
 
     def __init__(self, folder: Path, start: Start, every: int | None) -> None:
@@ -45,14 +45,14 @@ class Checkpoints(Checkpoint):
         self.optimizer_states: list[dict[str, Any]] = []
 
     def _start_from(self, start: Start) -> None:
-        self.start, self.place, self.saved_step = start, start.place, start.place.step
+        self.start, self.progress, self.saved_step = start, start.progress, start.progress.step
 
     def agree(self, trainer: L.Trainer, find: Callable[[], Start]) -> None:
-        """Let all ranks start from the same step, before the fit; `find` finds it once more.
+        """Make sure, before the fit, that all ranks start from the same step; `find` looks for it once more.
 
-        Rank 0 has looked when the folder was its own; the others perhaps before, while ranks of a killed run, which
-        notice that only after their step, wrote one more checkpoint. Collectives: the process group begins here, and
-        all-reduces of one number follow.
+        Rank 0 looks after it has locked the run directory; other ranks may look before that, while the ranks of a
+        killed run still write their last checkpoint. Collectives: the process group is initialized here, followed by
+        all-reduces of one number.
 
         Raises:
             RuntimeError: on all ranks: they find different checkpoints now, too.
@@ -61,36 +61,36 @@ class Checkpoints(Checkpoint):
             return
         trainer.strategy.setup_environment()
         try:
-            rank_state.check_equal(trainer, self.start.place.step)
+            rank_state.check_equal(trainer, self.start.progress.step)
         except RuntimeError:
             self._start_from(find())
         else:
             return
         try:
-            rank_state.check_equal(trainer, self.start.place.step)
+            rank_state.check_equal(trainer, self.start.progress.step)
         except RuntimeError as error:
             raise RuntimeError(f"{error}, and in which no earlier run still writes") from None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Turn what was saved into this run's place, before Lightning restores from it."""
-        part, place = checkpoint[PART], self.start.place
-        lightning_loops.write_place(checkpoint["loops"]["fit_loop"], place, trainer)
-        if place != (saved := Progress.from_dict(part["place"])):
-            rescale(checkpoint, place.lr / saved.lr, place.step)
-        trainer.datamodule.train_batches.go_on(place.epoch, place.batch_of_epoch)  # type: ignore[attr-defined]
+        """Turn the saved progress into that of this run, before Lightning restores from it."""
+        part, progress = checkpoint[PART], self.start.progress
+        lightning_loops.write_progress(checkpoint["loops"]["fit_loop"], progress, trainer)
+        if progress != (saved := Progress.from_dict(part["place"])):
+            rescale(checkpoint, progress.lr / saved.lr, progress.step)
+        trainer.datamodule.train_batches.resume(progress.epoch, progress.batch_of_epoch)  # type: ignore[attr-defined]
         if self.start.same_run:
             pl_module.first_step = part["first_step"]
             _clock(trainer).seconds = part["seconds"]
             for logger in trainer.loggers:
                 if isinstance(logger, ResumableCSVLogger):
-                    logger.go_on(part["num_rows"])
+                    logger.resume(part["num_rows"])
         else:
             self.optimizer_states = checkpoint["optimizer_states"]
         if self.start.same_ranks:
             self.own = part["ranks"][trainer.global_rank]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give each rank its statistics, which DDP has made alike; and the optimizer the settings of a new run."""
+        """Restore the statistics of each rank, which DDP made equal, and apply the optimizer settings of a new run."""
         if self.own is not None:
             rank_state.restore(pl_module, self.own)
         notes = _keep_settings(self.optimizer_states, trainer.optimizers)
@@ -100,32 +100,32 @@ class Checkpoints(Checkpoint):
                 print(note)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the random streams, last of all; and look out for signals instead of Lightning."""
-        if self.start.path is not None and not self.place.step_of_epoch:
+        """Restore the random states, last of all, and handle signals instead of Lightning."""
+        if self.start.path is not None and not self.progress.step_of_epoch:
             lightning_loops.begin_epoch(trainer)
         if self.own is not None:
             if trainer.world_size > 2:
                 rank_state.settle_buckets(trainer, pl_module)
             rank_state.restore_random(self.own)
-        elif self.place.step_of_epoch:
+        elif self.progress.step_of_epoch:
             pl_module.on_train_epoch_start()  # which Lightning leaves out within an epoch
         self.own = None
         self.signals.catch(alone=trainer.world_size == 1)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of the epoch before."""
+        """Save after the epoch before."""
         self._between(trainer, trainer.current_epoch, 0)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save, and perhaps stop, after the step before."""
+        """Save after the step before if it is due, and stop if a signal asked for it."""
         step_of_epoch, rest = divmod(batch_idx, trainer.accumulate_grad_batches)
         if step_of_epoch and not rest:
             self._between(trainer, trainer.current_epoch, step_of_epoch)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end; `max_steps` may have set it within an epoch."""
+        """Save after the last step, which `max_steps` may have set within an epoch."""
         num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if num_batches == trainer.num_training_batches:
             self._save(trainer, trainer.current_epoch, 0)
@@ -135,14 +135,14 @@ class Checkpoints(Checkpoint):
         self.signals.release()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let SIGTERM end a test at once: it can be done again."""
+        """Let SIGTERM end a test at once: it can be repeated."""
         self.signals.release()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the place, and what each rank has for itself."""
-        lightning_loops.write_place(checkpoint["loops"]["fit_loop"], self.place, trainer)
+        """Add the progress, and the state of each rank."""
+        lightning_loops.write_progress(checkpoint["loops"]["fit_loop"], self.progress, trainer)
         checkpoint[PART] = {
-            "place": self.place.as_dict(),
+            "place": self.progress.as_dict(),  # named so in checkpoints since version 0.1
             "norm": self.start.norm,
             "first_step": pl_module.first_step,
             "seconds": _clock(trainer).elapsed(),
@@ -152,7 +152,7 @@ class Checkpoints(Checkpoint):
         }
 
     def _between(self, trainer: L.Trainer, epoch: int, step_of_epoch: int) -> None:
-        """Do what is due between two steps."""
+        """Save if it is due or a signal asks to stop; then stop in that case."""
         asked = rank_state.largest(trainer, self.signals.wanted())
         is_due = step_of_epoch == 0 or (self.every is not None and trainer.global_step % self.every == 0)
         if is_due or asked:
@@ -168,12 +168,12 @@ class Checkpoints(Checkpoint):
             raise SystemExit(128 + asked)
 
     def _save(self, trainer: L.Trainer, epoch: int, step_of_epoch: int) -> None:
-        """Save, unless this step has been; the rows it counts are on the disk before it is."""
+        """Save unless this step is saved; the metrics that it counts reach the disk before it does."""
         if trainer.global_step != self.saved_step:
             for logger in trainer.loggers:
                 if isinstance(logger, ResumableCSVLogger):
                     logger.sync()
-            self.place = replace(self.place, epoch=epoch, step_of_epoch=step_of_epoch, step=trainer.global_step)
+            self.progress = replace(self.progress, epoch=epoch, step_of_epoch=step_of_epoch, step=trainer.global_step)
             trainer.save_checkpoint(self.folder / LAST)
             self.saved_step = trainer.global_step
 
@@ -184,10 +184,10 @@ def _clock(trainer: L.Trainer) -> Clock:
 
 
 def _keep_settings(states: list[dict[str, Any]], optimizers: list[Optimizer]) -> list[str]:
-    """Put the settings of the optimizers into the states they will load, all but what the schedule moves.
+    """Put the settings of the optimizers into the states they will load, except for the learning rates.
 
     Returns:
-        What changes, in words.
+        A description of each change.
     """
     notes: list[str] = []
     for state, optimizer in zip(states, optimizers, strict=False):  # what does not fit is for torch to refuse

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: written whole or not at all, checked before they are believed, the last two kept.
+"""Checkpoint files: written atomically, checked before use, the last two kept.
 
-`last.ckpt` is the newest, `previous.ckpt` the one before. At every moment at least one of them is good, also while
-the next is written, also after a power cut; what lies in them loads with `weights_only=True`.
+`last.ckpt` is the newest, `previous.ckpt` the one before. At least one of them is good at every moment, also while
+the next one is written and after a power failure. Both load with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIGHTNING = ("state_dict", "optimizer_states", "lr_schedulers", "loops")
 
 
 class CheckpointError(ValueError):
-    """Say which checkpoint cannot be used, and why."""
+    """A checkpoint that cannot be used, and why."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def check_fits(path: Path, saved: Mapping[str, Any], model: nn.Module, change: s
         path: The checkpoint.
         saved: Its tensors.
         model: As it will be trained.
-        change: Of the norm, in words, if there is one.
+        change: A description of the change of norm, if there is one.
 
     Raises:
         ValueError: names or shapes differ.
@@ -105,13 +105,13 @@ def last_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
 
 
 class AtomicCheckpoints(CheckpointIO):
-    """Write and read the checkpoints of a trainer; the one before is kept if this process knows it is good."""
+    """Write and read the checkpoints of a trainer; keep the one before if this process knows that it is good."""
 
     def __init__(self) -> None:
         self.good: Path | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write, and keep what was there as `previous.ckpt`, but never a damaged file in place of a good one."""
+        """Write, and keep the file before as `previous.ckpt`, but never replace a good one by a damaged one."""
         path = Path(path)
         keep = path.with_name(PREVIOUS) if self.good == path else None
         write_atomically(path, lambda file: torch.save(checkpoint, file), keep=keep)

@@ -1,4 +1,4 @@
-"""The metrics of a run as `metrics.csv`, of which a stopped run can take up the first rows again."""
+"""The metrics of a run as `metrics.csv`, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from experiment.training.atomic_files import write
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Write what Lightning's CSVLogger writes, row by row; it begins anew in a folder that has rows, this goes on.
+    """Write what Lightning's CSVLogger writes, row by row. That one starts over in a folder with rows; this continues.
 
     Args:
-        save_dir: The run's folder.
-        name: Of a folder in it.
+        save_dir: The run directory.
+        name: Name of a folder in it.
     """
 
     def __init__(self, save_dir: str | Path, name: str = "csv") -> None:
@@ -35,8 +35,8 @@ class ResumableCSVLogger(CSVLogger):
         return self
 
     @rank_zero_only
-    def go_on(self, num_rows: int) -> None:
-        """Keep the first rows of the file, which a checkpoint counted; what came after it is trained again.
+    def resume(self, num_rows: int) -> None:
+        """Keep the rows that a checkpoint counted; what came after it is trained again.
 
         Raises:
             ValueError: the file has fewer.
@@ -73,11 +73,11 @@ class ResumableCSVLogger(CSVLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Do nothing: every row is there."""
+        """Do nothing: every row has been written."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Do nothing: every row is there."""
+        """Do nothing: every row has been written."""
 
     def _rows(self) -> list[dict[str, Any]]:
         """Read; the last line may be cut short."""

@@ -1,4 +1,4 @@
-"""Training progress: epoch, its images, optimizer steps; and what that means with other batches or ranks."""
+"""Training progress in epochs and optimizer steps, and the same progress with other batch sizes or ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiment.training.sharding import BatchPlan
 
 @dataclass(frozen=True)
 class Progress:
-    """Hold the training progress between two optimizer steps, and what the order of the data follows from.
+    """Hold the training progress between two optimizer steps, and what determines the order of the data.
 
     Args:
         plan: Batch sizes.
@@ -54,22 +54,22 @@ class Progress:
         """Count the batches of this epoch that a rank has had; joined batches hold all of a step."""
         return self.step_of_epoch * (1 if self.simulate else self.plan.accumulate)
 
-    def go_on_from(self, saved: Progress) -> tuple[Progress, list[str]]:
-        """Find the place in this run that is that of `saved`, of another run or start of it.
+    def resume_from(self, saved: Progress) -> tuple[Progress, list[str]]:
+        """Find the progress in this run that corresponds to `saved`, of another run or an earlier start.
 
-        At equal global batches it is the same step: step s reads the same images at any number of ranks. At others
-        the images of the epoch that were seen must make whole steps.
+        With an equal global batch it is the same step, since step s reads the same images on any number of ranks. With
+        another, the images of the epoch that were seen must make a whole number of steps.
 
         Returns:
-            The place, and what changes, in words.
+            The progress, and a description of each change.
 
         Raises:
-            ValueError: there is no such place.
+            ValueError: nothing in this run corresponds to it.
         """
         if self.simulate != saved.simulate:
             raise ValueError(
-                f"the checkpoint was made with simulate={_word(saved.simulate)}, here it is {_word(self.simulate)}, "
-                f"and their running statistics do not fit: set simulate={_word(saved.simulate)}"
+                f"the checkpoint was made with simulate={_text(saved.simulate)}, here it is {_text(self.simulate)}, "
+                f"and their running statistics do not fit: set simulate={_text(saved.simulate)}"
             )
         notes = self._changes(saved)
         old, new = saved.plan.global_batch_size, self.plan.global_batch_size
@@ -97,7 +97,7 @@ class Progress:
         ), notes
 
     def _changes(self, saved: Progress) -> list[str]:
-        """Say what differs."""
+        """Describe what differs."""
         pairs = {
             "seed": (saved.seed, self.seed),
             "training images": (saved.num_images, self.num_images),
@@ -117,24 +117,24 @@ class Progress:
         return notes
 
     def has_ranks_of(self, saved: Progress) -> bool:
-        """Whether what each rank of `saved` kept for itself has a rank here to go to."""
+        """Whether every rank of `saved` has a counterpart here to which its own state can be restored."""
         return (self.num_processes, self.plan.world_size) == (saved.num_processes, saved.plan.world_size)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Hold where a run starts.
+    """Describe where a run starts.
 
     Args:
-        place: In this run.
-        norm: Of this run, in words.
+        progress: In this run.
+        norm: The normalization of this run, with its options.
         path: The checkpoint; None at the beginning.
-        same_run: Whether the checkpoint is of this run's own folder, so that its rows and times count on.
-        same_ranks: Whether each rank finds there what it kept for itself.
-        notes: What changes, in words.
+        same_run: Whether the checkpoint is from this run directory, so that its metrics and times are continued.
+        same_ranks: Whether the checkpoint holds the state of each of these ranks.
+        notes: A description of each change.
     """
 
-    place: Progress
+    progress: Progress
     norm: str
     path: Path | None = None
     same_run: bool = False
@@ -143,7 +143,7 @@ class Start:
 
 
 def rescale(checkpoint: dict[str, Any], factor: float, step: int) -> None:
-    """Move optimizer and schedule to another peak of the learning rate and another step."""
+    """Adapt optimizer and schedule in a checkpoint to another peak learning rate and another step."""
     for state in checkpoint["optimizer_states"]:
         for group in state["param_groups"]:
             group["lr"], group["initial_lr"] = group["lr"] * factor, group["initial_lr"] * factor
@@ -153,5 +153,5 @@ def rescale(checkpoint: dict[str, Any], factor: float, step: int) -> None:
         schedule["last_epoch"], schedule["_step_count"] = step, step + 1
 
 
-def _word(value: int | None) -> str:
+def _text(value: int | None) -> str:
     return "null" if value is None else str(value)

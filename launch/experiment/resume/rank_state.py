@@ -1,4 +1,4 @@
-"""What each rank has for itself in training, gathered into one checkpoint and given back."""
+"""The state that each rank has of its own in training, gathered into one checkpoint and restored from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 
 def collect(model: nn.Module) -> dict[str, Any]:
-    """Collect this rank's buffers (also those a state_dict leaves out), begun metrics and random streams.
+    """Collect this rank's buffers (also those a state_dict leaves out), unfinished metrics and random states.
 
     Returns:
         Tensors on the CPU and plain values, which load with `weights_only=True`.
@@ -30,7 +30,7 @@ def collect(model: nn.Module) -> dict[str, Any]:
 
 
 def restore(model: nn.Module, own: dict[str, Any]) -> None:
-    """Give buffers and metrics what `collect` found."""
+    """Restore buffers and metrics to what `collect` returned."""
     for name, buffer in model.named_buffers():
         buffer.copy_(own["buffers"][name])
     for name, state in own["metrics"].items():
@@ -41,7 +41,7 @@ def restore(model: nn.Module, own: dict[str, Any]) -> None:
 
 
 def restore_random(own: dict[str, Any]) -> None:
-    """Set the random streams of torch, Python and NumPy to what `collect` found."""
+    """Restore the random states of torch, Python and NumPy."""
     states = own["random"]
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
@@ -70,10 +70,10 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def settle_buckets(trainer: L.Trainer, model: L.LightningModule) -> None:
-    """Let DDP find the order in which gradients come, as it does in a run's first step; nothing else changes.
+    """Let DDP record the order in which gradients become ready, as in a run's first step; nothing else changes.
 
     From the second step on DDP packs gradients in that order. From three ranks up the order of an all-reduce's sums
-    depends on the packing, so without this the first step of a run that goes on would differ in the last bits.
+    depends on the packing, so without this the first step of a resumed run would differ in the last bits.
     """
     before = collect(model)
     images = trainer.datamodule.example().to(trainer.strategy.root_device)  # type: ignore[attr-defined]
@@ -87,7 +87,7 @@ def settle_buckets(trainer: L.Trainer, model: L.LightningModule) -> None:
 
 
 def gather(trainer: L.Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Gather on rank 0 what the ranks have; an all-gather of sizes and a gather of bytes. Elsewhere: nothing."""
+    """Gather the state of all ranks on rank 0, by one all-gather of sizes and one gather of bytes."""
     if trainer.world_size == 1:
         return [own]
     buffer = io.BytesIO()
@@ -105,7 +105,7 @@ def gather(trainer: L.Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def largest(trainer: L.Trainer, number: int) -> int:
-    """Give the largest of the ranks' numbers to all."""
+    """Return the largest of the numbers of all ranks, by one all-reduce."""
     if trainer.world_size == 1:
         return number
     value = torch.tensor([number], device=trainer.strategy.root_device)

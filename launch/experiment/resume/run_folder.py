@@ -1,4 +1,4 @@
-"""The run directory: whether its run is finished, whether this is the same command, which checkpoint comes next."""
+"""The run directory: whether its run is finished, whether its settings are these, and which checkpoint to resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiment.training import norm_config, report
 from experiment.training.report import first_line
 from experiment.training.saved_settings import flatten
 
-# Settings that may differ in a run's folder: they change no number.
+# Settings that may differ between starts of one run: they change no result.
 FREE = (
     "run_dir",
     "output_dir",
@@ -31,18 +31,18 @@ FREE = (
     "data.cache_dir",
     "data.num_workers",
 )
-# These may differ when a run goes on (`Progress` judges the batches), but not from those of its results.
+# These may also differ when a run resumes (`Progress` checks the batches), but not from those of finished results.
 JUDGED = ("evaluate", "data.global_batch_size", "data.per_rank_batch_size", "data.accumulate")
-PATIENCE = 20  # seconds
+LOCK_TIMEOUT = 20  # seconds
 
 
 def check_settings(config: DictConfig) -> None:
-    """Refuse what cannot be meant.
+    """Refuse settings that make no sense.
 
     Raises:
-        ValueError: `checkpoint_every` is no number of steps; `timeout` is no time; `run_dir` holds a run of another
-            configuration, or a config that is damaged.
-        FileNotFoundError: `ckpt_path` is no file.
+        ValueError: `checkpoint_every` or `timeout` is not a number in its range; `run_dir` holds a run of another
+            configuration, or a damaged config.
+        FileNotFoundError: `ckpt_path` is not a file.
     """
     every = config.checkpoint_every
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -58,10 +58,10 @@ def check_settings(config: DictConfig) -> None:
 
 
 def finished(config: DictConfig) -> dict[str, Any] | None:
-    """Give the results of the run in `run_dir` if it has any.
+    """Return the results of the run in `run_dir`, None if it has none yet.
 
     Raises:
-        ValueError: they are of another configuration, the last that went on there; or they are damaged.
+        ValueError: they are damaged, or were made with other settings.
     """
     path = Path(config.run_dir) / "results.json"
     if not path.is_file():
@@ -74,15 +74,15 @@ def find_start(config: DictConfig, now: Progress, model: nn.Module | None) -> St
     """Find where this run starts: the last good checkpoint in `run_dir`, else `ckpt_path`, else the beginning.
 
     Args:
-        config: Of the run.
-        now: The run's place at the beginning.
-        model: As it will be trained; None if that is not known yet.
+        config: The configuration of the run.
+        now: The run's progress at its beginning.
+        model: The model to be trained; None if it is converted only later.
 
     Raises:
         CheckpointError: there are checkpoints, and none is good.
-        ValueError: the place of the checkpoint is none in this run, or its model another.
+        ValueError: nothing in this run corresponds to its progress, or its model is another.
     """
-    norm = _norm_in_words(config.norm)
+    norm = _describe(config.norm)
     found = None if config.run_dir is None else last_good(Path(config.run_dir) / "checkpoints")
     if found is None and config.ckpt_path is None:
         return Start(now, norm)
@@ -93,25 +93,25 @@ def find_start(config: DictConfig, now: Progress, model: nn.Module | None) -> St
     if model is not None:
         check_fits(path, checkpoint["state_dict"], model, change)
     try:
-        place, changes = now.go_on_from(saved)
+        progress, changes = now.resume_from(saved)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if change:
         changes = [*changes, change]
     now_threads = torch.get_num_threads()
     threads = part.get("num_threads", now_threads)
-    if threads != now_threads:  # which add in another order
+    if threads != now_threads:  # whose sums are added in another order
         changes = [*changes, f"threads {threads} -> {now_threads}: the same up to rounding, not bit for bit"]
-    notes = (*wrong, f"goes on from {path}: epoch {place.epoch}, step {place.step}", *changes)
-    return Start(place, norm, path, found is not None, now.has_ranks_of(saved), notes)
+    notes = (*wrong, f"goes on from {path}: epoch {progress.epoch}, step {progress.step}", *changes)
+    return Start(progress, norm, path, found is not None, now.has_ranks_of(saved), notes)
 
 
 @contextmanager
 def claim(config: DictConfig, rank: int) -> Iterator[None]:
-    """Make `run_dir` on rank 0, and keep other runs out of it; a process that is killed lets go, too.
+    """Make `run_dir` on rank 0 and lock it for this process; a killed process releases it, too.
 
     Raises:
-        RuntimeError: another run is at work in it, and does not end.
+        RuntimeError: another run is using it, and does not end within `LOCK_TIMEOUT`.
     """
     if config.run_dir is None or rank:
         yield
@@ -129,14 +129,14 @@ def claim(config: DictConfig, rank: int) -> Iterator[None]:
 
 
 def _lock(handle: int, folder: Path) -> None:
-    """Lock, where the file system knows how to; ranks of an earlier start may need a moment to end."""
+    """Lock the directory where the file system can; the ranks of an earlier start may need a moment to end."""
     import fcntl
 
-    for waited in range(PATIENCE + 1):
+    for waited in range(LOCK_TIMEOUT + 1):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(min(1, PATIENCE - waited))
+            time.sleep(min(1, LOCK_TIMEOUT - waited))
         except OSError:
             return
         else:
@@ -145,7 +145,7 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def _check_same(folder: Path, config: DictConfig, free: tuple[str, ...]) -> None:
-    """Refuse the folder of another run, with other settings than the free ones."""
+    """Refuse the directory of a run whose settings differ in others than the `free` ones."""
     path = folder / "config.yaml"
     if not path.is_file():
         return
@@ -169,8 +169,8 @@ def _check_same(folder: Path, config: DictConfig, free: tuple[str, ...]) -> None
         )
 
 
-def _norm_in_words(norm: DictConfig | None) -> str:
-    """Name the arm with its options: what a checkpoint tells of its norm."""
+def _describe(norm: DictConfig | None) -> str:
+    """Name the norm with its options, as a checkpoint records it."""
     values = {} if norm is None else flatten(OmegaConf.to_container(norm, resolve=True))
     options = [f"{k}={v}" for k, v in values.items() if k not in ("_target_", "norm") and v is not None]
     return norm_config.name_of(norm) + (f" ({', '.join(options)})" if options else "")

@@ -1,4 +1,4 @@
-"""Note what asks a training to stop between two steps: SIGINT, SIGTERM, or the end of torchrun."""
+"""Record requests to stop training after the current step: SIGINT, SIGTERM, or the end of torchrun."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import FrameType
 
 
 class Signals:
-    """Note SIGINT and SIGTERM instead of Lightning, whose handler waits for other ranks while it interrupts one.
+    """Record SIGINT and SIGTERM instead of Lightning, whose handler interrupts one rank and waits for the others.
 
-    A process whose launcher was killed (which cannot tell its processes) is asked to stop, too.
+    The end of the launcher counts as SIGTERM: a killed one cannot signal its processes.
     """
 
     def __init__(self) -> None:
@@ -21,11 +21,11 @@ class Signals:
         self.parent = 0
 
     def catch(self, *, alone: bool) -> None:
-        """Note the signals from now on.
+        """Record the signals from now on.
 
         Args:
-            alone: Whether this is the only process: nobody else started it, and a second signal may end it at once.
-                Several get theirs twice when the terminal sends them and torchrun passes them on.
+            alone: Whether this is the only process, which a second signal may then end at once. Several processes
+                receive a signal twice, from the terminal and from torchrun.
         """
         self.alone, self.parent = alone, os.getppid()
         _handle(self._note)
@@ -35,7 +35,7 @@ class Signals:
         _handle(None)
 
     def wanted(self) -> int:
-        """Give the number of the signal to stop for; 0 for none."""
+        """Return the number of the signal to stop for; 0 for none."""
         is_orphan = not self.alone and os.getppid() != self.parent
         return self.noted or (signal.SIGTERM if is_orphan else 0)
 

@@ -1,4 +1,4 @@
-"""Find out on the first batch whether one process can stand for many ranks with this model."""
+"""Check on the first batch that simulating several ranks in one process is exact for this model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-8  # relative, between float64 computations of the same numbers: 
 
 
 def check_exact(task: Task, batch: Batch, plan: BatchPlan) -> None:
-    """Refuse what one process cannot stand for; everything is restored.
+    """Refuse a model that one process cannot simulate exactly; all state is restored.
 
     In float64, with the normalizations held at their running statistics, each rank's images alone must give the same
     inputs to every normalization, and the same mean gradients, as all images joined.

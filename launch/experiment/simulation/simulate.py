@@ -1,8 +1,8 @@
-"""One process stands for W ranks: the same numbers as W processes, from one forward of their joined batches.
+"""Simulate W ranks in one process: the same numbers as W processes, from one forward pass of their joined batches.
 
 What W ranks compute with BatchNorm is ghost batch normalization of the joined batch; synchronized in groups of g it
-has W / g splits. Batches accumulated into one optimizer step are further splits, whose statistics move in turn. So
-one forward and backward stands for a whole step of all ranks, at any batch size.
+has W / g splits. Batches accumulated into one optimizer step are further splits, which update the running statistics
+one after another. So one forward and backward pass computes a whole step of all ranks, at any batch size.
 
 That is exact if every normalization sees the batch in dimension 0, in the order of the ranks and equally much of each,
 and nothing else joins images or is random per rank. `exactness.check_exact` finds out on the first batch.
@@ -32,7 +32,7 @@ class SimulatedBatchNorm(syncbn.GhostBatchNorm):
     `running_mean` and `running_var` are rank 0's, as DDP saves them; the state_dict has only these.
 
     Args:
-        layer: The layer whose place it takes.
+        layer: The layer that it replaces.
         num_groups: Groups of ranks that share statistics.
         split_size: Images of one group in one batch.
     """

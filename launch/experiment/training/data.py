@@ -1,4 +1,4 @@
-"""The data module: splits in, batches out, shared over the ranks and normalized on the device."""
+"""The base class of the data modules: batches of a data set's splits, one part per rank, normalized on the device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ImageData(L.LightningDataModule, ABC):
         eval_batch_size: Images one rank sees at once in validation and test.
         num_train_eval: Training images on which the training error is measured.
         num_workers: Loader processes per rank.
-        world: This process's place.
+        world: Rank of this process and number of processes.
         seed: Of the shuffle.
     """
 
@@ -145,7 +145,7 @@ class ImageData(L.LightningDataModule, ABC):
         # batch_size=None: the sampler's draws go to the dataset whole, so nothing is collated
         workers = self.num_workers > 0
         options: dict[str, Any] = {"persistent_workers": workers, "pin_memory": workers and torch.cuda.is_available()}
-        # a generator of its own: iterating draws from it, at other moments in a run that goes on
+        # a generator of its own, since a resumed run draws from it at other moments
         own = torch.Generator()
         return DataLoader(
             dataset, sampler=batches, batch_size=None, num_workers=self.num_workers, generator=own, **options

@@ -21,7 +21,7 @@ class ImageSet(Dataset[Batch]):
         images: `(N, C, H, W)` uint8, or a sequence that gives image `(C, H, W)` i.
         labels: `(N,)`, or `(N, H, W)` per pixel.
         transform: Applied to each image, for augmentation. It draws from a random stream of the image and the
-            batch's seed, so an image looks the same on whichever rank, and in whichever process, it is read.
+            batch's seed, so an image looks the same on every rank and in every process.
     """
 
     def __init__(

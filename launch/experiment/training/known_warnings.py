@@ -1,4 +1,4 @@
-"""What the libraries say that tells nothing about a run, each with the reason why it is silenced."""
+"""Warnings of other libraries that are silenced, each with the reason."""
 
 import logging
 import warnings
@@ -8,7 +8,7 @@ KNOWN = (
     r".*does not have many workers.*",  # images in memory are read faster without workers
     r"Grad strides do not match bucket view strides.*",  # 1x1 kernels: strides of length-1 dimensions, no copy
     r"Total length of `list` across ranks is zero.*",  # a source without validation images
-    r"You're resuming from a checkpoint that ended before the epoch.*",  # the sampler goes on, TrainBatches.go_on
+    r"You're resuming from a checkpoint that ended before the epoch.*",  # see TrainBatches.resume
     r"The `srun` command is available on your system but is not used.*",  # torchrun on a machine that has SLURM
     r".*``compute`` method of metric .* was called before the ``update``.*",  # more ranks than images to evaluate
 )

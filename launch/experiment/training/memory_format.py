@@ -1,4 +1,4 @@
-"""Which memory format a net trains in: channels last, but where the CPU's convolutions are wrong in it."""
+"""The memory format of a model: channels last, except where the CPU's convolutions are wrong in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arm of a run, from one file of conf/norm: which norm the model's BatchNorm layers become."""
+"""The norm of a run, from one file of conf/norm: what the model's BatchNorm layers are converted to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_converter(norm: DictConfig | None) -> L.Callback | None:
     """Make the callback that converts the model; None leaves it as written.
 
     `_target_` names a callback (`syncbn.lightning.NormConverter` in every file of conf/norm), or a norm of the user's
-    own: a class or function that makes a module from `num_features` and the file's other words.
+    own: a class or function that makes a module from `num_features` and the file's other keys.
     """
     if norm is None:
         return None
@@ -28,12 +28,12 @@ def make_converter(norm: DictConfig | None) -> L.Callback | None:
     if isinstance(target, type) and issubclass(target, L.Callback):
         callback: L.Callback = instantiate(norm)
         return callback
-    words: dict[str, Any] = {k: v for k, v in OmegaConf.to_object(norm).items() if k != "_target_"}  # type: ignore[union-attr,misc]
-    return NormConverter(partial(target, **words) if words else target)
+    kwargs: dict[str, Any] = {k: v for k, v in OmegaConf.to_object(norm).items() if k != "_target_"}  # type: ignore[union-attr,misc]
+    return NormConverter(partial(target, **kwargs) if kwargs else target)
 
 
 def apply(converter: L.Callback | None, model: nn.Module, world_size: int) -> None:
-    """Convert `model` now, as the callback would later, so that what it refuses is found before training.
+    """Convert `model` now, as the callback would later, so that errors appear before training.
 
     Raises:
         ValueError: as `syncbn.convert`; groups that do not divide `world_size`; a callback that is no NormConverter.
@@ -49,7 +49,7 @@ def apply(converter: L.Callback | None, model: nn.Module, world_size: int) -> No
 
 
 def name_of(norm: DictConfig | None) -> str:
-    """Name the arm in a run's results."""
+    """Name the norm in a run's results."""
     if norm is None:
         return "as written"
     return str(norm.norm) if isinstance(norm.get("norm"), str) else str(norm["_target_"]).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The record of one run: its folder, what went in, what came out."""
+"""The record of one run in its directory: configuration, versions and results."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def versions() -> dict[str, str]:
 def write_inputs(folder: Path, config: DictConfig) -> None:
     """Write `config.yaml`, every interpolation resolved, and `run.json` with command, start and versions.
 
-    A run that goes on in its folder keeps the `run.json` it began with.
+    A resumed run keeps the `run.json` of its first start.
 
     Raises:
         ValueError: `run.json` is damaged.
@@ -98,35 +98,35 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class Clock(Callback):
-    """Measure the seconds of training without those of validation; `seconds` may begin at those of earlier starts."""
+    """Measure the seconds of training without validation; `seconds` may start at those of earlier starts."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.since: float | None = None
 
     def elapsed(self) -> float:
-        """Tell the seconds up to now."""
+        """Return the seconds up to now."""
         return self.seconds + (0.0 if self.since is None else time.monotonic() - self.since)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run."""
+        """Start the clock."""
         self.since = time.monotonic()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stand still."""
+        """Pause the clock."""
         self.seconds, self.since = self.elapsed(), None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run on."""
+        """Continue the clock."""
         self.since = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop."""
+        """Stop the clock."""
         self.seconds, self.since = self.elapsed(), None
 
 
 def summarize_training(trainer: Trainer, task: Task, plan: BatchPlan) -> dict[str, Any]:
-    """Gather what a finished fit tells.
+    """Summarize a finished fit.
 
     Returns:
         `images_per_second` over all ranks in training, batch sizes in images, `lr` at its peak.
@@ -146,7 +146,7 @@ def summarize_training(trainer: Trainer, task: Task, plan: BatchPlan) -> dict[st
 
 
 def summarize_tests(task: Task, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Gather the results of the tests: all of them, and beside them those of the first mode as scores.
+    """Summarize the tests: all of them, and the scores of the first mode.
 
     Returns:
         Scores and errors as fractions (`error = 1 - score`), losses in nats per label.

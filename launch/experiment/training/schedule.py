@@ -1,4 +1,4 @@
-"""The learning rate: scaled with the batch, then warm-up and cosine."""
+"""The learning rate schedule: scaled with the batch size, linear warm-up, then cosine."""
 
 from __future__ import annotations
 

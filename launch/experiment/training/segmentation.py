@@ -1,4 +1,4 @@
-"""The second task: give every pixel its class."""
+"""The task of semantic segmentation: predict the class of every pixel."""
 
 from __future__ import annotations
 

@@ -25,12 +25,13 @@ class BatchPlan:
         return self.per_rank_batch_size * self.world_size * self.accumulate
 
     def deal(self, order: Tensor, rank: int | None) -> list[list[int]]:
-        """Deal image indices in whole batches of all ranks; what is left over at the end is dropped.
+        """Distribute image indices in complete batches of all ranks; the rest at the end is dropped.
 
         Args:
             order: Indices; batch m of all ranks is `order[m * P : (m + 1) * P]`, P = per_rank * world_size, of which
                 rank r gets the r-th part.
-            rank: Whose batches; None for those of all ranks and accumulated batches joined, in the same order.
+            rank: The rank whose batches to return; None for those of all ranks and accumulated batches joined, in
+                the same order.
         """
         share = self.per_rank_batch_size * self.world_size
         whole = order[: len(order) // share * share]
@@ -44,7 +45,7 @@ class BatchPlan:
 def plan_batches(
     world_size: int, *, global_batch_size: int = 32, per_rank_batch_size: int | None = None, accumulate: int = 1
 ) -> BatchPlan:
-    """Settle the sizes: a given `per_rank_batch_size` decides, else the global batch is shared out.
+    """Compute the sizes from `per_rank_batch_size` if it is given, else by dividing the global batch.
 
     Raises:
         ValueError: a size below 1, or a global batch that does not divide; the message lists sizes that do.
@@ -74,17 +75,17 @@ def plan_batches(
 
 
 class Draw(NamedTuple):
-    """Images of one batch, and the seed of their augmentation: the same for an image on whichever rank it lies."""
+    """Images of one batch, and the seed of their augmentation, which does not depend on the rank."""
 
     indices: list[int]
     seed: int
 
 
 class TrainBatches(Sampler[Draw]):
-    """Deal each epoch's shuffled indices to the ranks; every rank gets equally many full batches.
+    """Distribute each epoch's shuffled indices over the ranks; every rank gets equally many full batches.
 
-    Step s reads the same images at any world size: `order[s * global:(s + 1) * global]`, dealt by `BatchPlan.deal`.
-    What does not fill a step at the end of an epoch is left out.
+    Step s reads the same images at any world size: `order[s * global:(s + 1) * global]`, in the parts of
+    `BatchPlan.deal`. What does not fill a step at the end of an epoch is left out.
 
     Raises:
         ValueError: fewer images than one step needs.
@@ -103,8 +104,8 @@ class TrainBatches(Sampler[Draw]):
         """Choose the shuffle; Lightning calls it before each epoch."""
         self.epoch = epoch
 
-    def go_on(self, epoch: int, start: int) -> None:
-        """Let the next iteration begin at batch `start` of `epoch`; those after it are whole again."""
+    def resume(self, epoch: int, start: int) -> None:
+        """Start the next iteration at batch `start` of `epoch`; later ones start at 0."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -136,10 +137,10 @@ class FixedBatches(Sampler[Draw]):
 
 
 def eval_batches(indices: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1) -> FixedBatches:
-    """Deal every index to exactly one rank, in order; a rank left without any gets one empty list.
+    """Assign every index to exactly one rank, in order; a rank without any gets one empty list.
 
-    Nothing is padded or read twice, so ranks may end after different numbers of batches. The empty list lets every
-    rank reach the metrics' exchange at the end.
+    Nothing is padded or read twice, so ranks may have different numbers of batches. The empty list lets every rank
+    reach the collectives of the metrics at the end.
     """
     mine = list(indices[rank::world_size])
     return FixedBatches([mine[i : i + batch_size] for i in range(0, len(mine), batch_size)] or [[]])

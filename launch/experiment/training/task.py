@@ -1,4 +1,4 @@
-"""The base of the tasks, with warm-up, cosine and metrics exact over all ranks; and the first: classify images."""
+"""The base class of the tasks, with learning rate schedule and metrics over all ranks, and image classification."""
 
 from __future__ import annotations
 

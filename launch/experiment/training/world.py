@@ -8,24 +8,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class World:
-    """Hold the place of this process among all, as torchrun or SLURM's srun put it into the environment."""
+    """Hold the rank of this process and the number of processes, as torchrun or SLURM's srun set them."""
 
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
     by_torchrun: bool = False
     by_slurm: bool = False
-    simulate: int | None = None  # ranks this one process stands for
+    simulate: int | None = None  # number of ranks that this one process simulates
 
     @classmethod
     def from_env(cls, simulate: int | None = None) -> World:
         """Read torchrun's variables, else those of several tasks of srun; without them this is the only process.
 
         Args:
-            simulate: Ranks that the only process stands for.
+            simulate: Number of ranks that a single process simulates.
 
         Raises:
-            ValueError: the nodes do not hold equally many processes; one of several shall stand for others.
+            ValueError: the nodes have different numbers of processes; several processes with `simulate`.
         """
         if simulate is not None and (isinstance(simulate, bool) or not isinstance(simulate, int) or simulate < 1):
             raise ValueError(f"expected simulate to be a number of ranks, at least 1, got {simulate!r}")
@@ -57,7 +57,7 @@ class World:
 
     @property
     def num_ranks(self) -> int:
-        """Count the ranks of the experiment: the processes, or those that this one stands for."""
+        """Count the ranks of the experiment, real or simulated."""
         return self.simulate or self.world_size
 
 
@@ -66,6 +66,6 @@ def _numbers(*names: str) -> list[int]:
 
 
 def _is_one_of_several_by_srun() -> bool:
-    """Tell a task of srun from what SLURM numbers from 2**32 - 16 on: batch scripts and interactive shells."""
+    """Distinguish a task of srun from batch scripts and interactive shells, whose step ids begin at 2**32 - 16."""
     step, num_tasks = _numbers("SLURM_STEP_ID", "SLURM_NTASKS")
     return "SLURM_STEP_ID" in os.environ and step < 2**32 - 16 and num_tasks > 1

@@ -1,4 +1,4 @@
-"""Latency and bandwidth: what an exchange, a layer and a training step take on gloo and, as predictions, on NCCL.
+"""A cost model of latency and bandwidth for an exchange, a layer and a step: fitted on gloo, predicted for NCCL.
 
 ``t_exchange = overhead + num_messages * (latency + delay) + num_bytes / bandwidth`` and
 ``t = slowdown * work + sum of its t_exchange``, for a layer as for a step (the alpha-beta model of Hockney 1994 for

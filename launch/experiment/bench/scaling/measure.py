@@ -1,4 +1,4 @@
-"""Growth: a layer and a step on 1 to 16 processes here, and between hosts with delay, beside what the model predicts.
+"""Measure a layer and a step on 1 to 16 processes and between delayed hosts, beside the predictions of the cost model.
 
 `model` is fitted to what was measured without added delay, on each network by itself, and then predicts all points.
 """

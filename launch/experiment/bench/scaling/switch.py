@@ -1,4 +1,4 @@
-"""Ethernet switches in user space that hold every frame for a while: ``python switch.py NUM_HOSTS DELAY [DELAY …]``.
+"""Ethernet switches in user space that delay every frame: ``python switch.py NUM_HOSTS DELAY [DELAY …]``.
 
 There is one network for each DELAY, in seconds one way, and on network n a TAP device ``tap<n>.<host>`` for each
 host, in the namespace that this runs in. It says ``ready``, and ends when its standard input does. Needs nothing but

@@ -1,4 +1,4 @@
-"""The tables of growth: what was fitted, every point beside its prediction, and predictions for GPUs."""
+"""The tables of a scaling measurement: fitted parameters, points beside their predictions, predictions for GPUs."""
 
 from __future__ import annotations
 

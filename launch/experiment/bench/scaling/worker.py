@@ -1,4 +1,4 @@
-"""What one rank does for `scale`: time collectives, layers and steps, and note the exchanges that each makes."""
+"""One rank of a scaling measurement: time collectives, layers and steps, and record the exchanges of each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def num_calls(subject: Subject) -> int:
 def on_rank(
     config: DictConfig, namespaces: Sequence[str]
 ) -> tuple[timing.Times, list[tuple[Subject, list[Exchange]]]]:
-    """Time all subjects on this rank, in turn, and tell which exchanges each makes.
+    """Time all subjects on this rank, in turn, and return the exchanges of each.
 
     Without namespaces the ranks are processes of one host. With them, this rank moves into its own, and everything
     that exchanges something is there once for each delay: in the same rounds, so that all have the same luck.

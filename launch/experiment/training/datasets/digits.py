@@ -109,8 +109,8 @@ def crop_photo(rng: np.random.Generator, photo: Image.Image, side: int) -> NDArr
 def cached(path: Path, make: Callable[[], Arrays]) -> Arrays:
     """Read the arrays in `path`, or make and keep them; processes that start together make them once.
 
-    The file appears whole or not at all, and a broken one is made anew. Where nothing can be written, the arrays are
-    made each time.
+    The file is written atomically, and a damaged one is replaced. Where nothing can be written, the arrays are made
+    each time.
     """
     path = path.expanduser()
     try:

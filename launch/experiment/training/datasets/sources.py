@@ -1,4 +1,4 @@
-"""Where the images come from: one data module per source."""
+"""The data modules, one per data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models: a small ResNet of our own, and any torchvision or timm classifier by name, never with weights."""
+"""Classifiers: a small ResNet, and any torchvision or timm classifier by name, without pretrained weights."""
 
 from __future__ import annotations
 
