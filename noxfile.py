@@ -34,9 +34,9 @@ CORE = [
     "triton_launch",
 ]  # fmt: skip
 EXPERIMENTS = [
-    "batches", "bench", "compare", "comparison_grid", "comparison_page", "comparison_runner", "comparison_statistics",
-    "comparison_store", "conf", "data", "digits", "evaluate", "launch", "memory_format", "nets", "report", "resume",
-    "scenes", "segmentation", "simulate", "sources", "task", "unet",
+    "bench", "classifiers", "compare", "comparison_grid", "comparison_page", "comparison_runner",
+    "comparison_statistics", "comparison_store", "conf", "data", "digits", "evaluate", "launch", "memory_format",
+    "report", "resume", "scenes", "segmentation", "sharding", "simulate", "sources", "task", "unet",
 ]  # fmt: skip
 FOLDER = Path("docs/results/versions")
 RESULTS = Path(".nox/results")

@@ -23,18 +23,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from experiment.gpu_check import needs, report
-from experiment.gpu_check.outcome import FAILED, Record
-from experiment.gpu_check.parts import PARTS, Part, choose
+from experiment.gpu_check import report, requirements
+from experiment.gpu_check.registry import PARTS, Part, choose
+from experiment.gpu_check.result import FAILED, Record
 from experiment.gpu_check.runner import run_parts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that the command line names; return the exit code."""
     options = _parse(arguments)
-    if options.device == "cuda" and not needs.num_gpus():
+    if options.device == "cuda" and not requirements.num_gpus():
         print(
-            f"gpu_check: expected a CUDA GPU, found none ({needs.why_no_gpu()}). "
+            f"gpu_check: expected a CUDA GPU, found none ({requirements.why_no_gpu()}). "
             "--device cpu runs what a CPU can run of it.",
             file=sys.stderr,
         )

@@ -16,8 +16,6 @@ results.
 
 from __future__ import annotations
 
-import os
-import socket
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -25,10 +23,6 @@ from pathlib import Path
 import hydra
 import lightning as L
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
@@ -47,7 +41,7 @@ from experiment.training.instantiate import instantiate
 from experiment.training.known_warnings import ignore_known_warnings
 from experiment.training.models import classifiers
 from experiment.training.task import Task
-from experiment.training.world import World
+from experiment.training.world import World, listen_on_loopback, make_environment
 from syncbn.compat import DDP_OPTIONS, destroy_process_group
 from syncbn.lightning import NormConverter
 
@@ -100,32 +94,17 @@ def audit(config: DictConfig, data: ImageData, task: Task) -> str:
     return str(syncbn.audit(task.net, data.sample(min(num_images, len(data.splits.train))), **sizes))
 
 
-def make_environment(world: World) -> ClusterEnvironment:
-    """Tell Lightning which launcher started the processes; launch/slurm requeues SLURM jobs, not Lightning."""
-    if world.by_torchrun:
-        return TorchElasticEnvironment()
-    return SLURMEnvironment(auto_requeue=False) if world.by_slurm else LightningEnvironment()
-
-
 def find_start(config: DictConfig, world: World, data: ImageData, task: Task, *, converted: bool) -> Start:
     """Find and check the checkpoint that this run resumes from, before any process group exists."""
     now = Progress(data.plan, len(data.splits.train), config.seed, world.simulate, world.world_size, task.lr)
     return run_folder.find_start(config, now, task if converted else None)
 
 
-def listen_inside(world: World) -> None:
-    """Have gloo listen on the loopback if one machine has all ranks; by itself it takes the host name's address."""
-    if world.num_nodes == 1 < world.world_size:
-        for _, name in socket.if_nameindex():
-            if name in ("lo", "lo0"):  # Linux, macOS
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
 def make_trainer(
     config: DictConfig, world: World, folder: Path, accumulate: int, callbacks: list[L.Callback]
 ) -> L.Trainer:
     """Make the trainer for this world; `folder` matters on rank 0, which alone writes."""
-    listen_inside(world)
+    listen_on_loopback(world)
     # no broadcast of buffers before each forward: it would overwrite statistics of subgroups
     ddp = DDPStrategy(timeout=timedelta(seconds=config.timeout), **DDP_OPTIONS)
     trainer: L.Trainer = instantiate(

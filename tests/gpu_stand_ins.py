@@ -23,7 +23,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from experiment.gpu_check import determinism, large, launches, layer, machine, parts, phase_cases, phases, step, worker
+from experiment.gpu_check import (
+    determinism,
+    large_tensors,
+    launches,
+    layer,
+    machine,
+    phase_cases,
+    phases,
+    registry,
+    training_step,
+    worker,
+)
 from syncbn.distributed import exchange
 
 
@@ -103,8 +114,12 @@ def stand_ins():
             (layer, "_SHAPES", {"cuda": ((16, 14),)}),
             (layer, "_BATCH_SIZES", {"cuda": (2,)}),
             (layer, "_ROUNDS", {"cuda": 2}),
-            (step, "_ROUNDS", {"cuda": 2}),
-            (step, "_SETTINGS", {"cuda": [step.Setting(1, 64, 96, "bfloat16", "channels_last", 8, True)]}),
+            (training_step, "_ROUNDS", {"cuda": 2}),
+            (
+                training_step,
+                "_SETTINGS",
+                {"cuda": [training_step.Setting(1, 64, 96, "bfloat16", "channels_last", 8, True)]},
+            ),
             (determinism, "_SHAPES", {"cuda": ((4, 8, 6, 6),)}),
             (determinism, "_NUM_RUNS", 3),
             (determinism, "_NUM_BATCHES", 2),
@@ -123,18 +138,18 @@ def interpreted():
         for target, name, value in (
             (phases, "BACK_ENDS", {"cpu": ("triton",)}),
             (phase_cases, "_SHAPES", phase_cases._SHAPES[:2]),
-            (large, "_NUM", 264),
-            (large, "_PIECE", 64),
-            (large, "_END", 50),
+            (large_tensors, "_NUM", 264),
+            (large_tensors, "_PIECE", 64),
+            (large_tensors, "_END", 50),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        [of_phases, of_large] = parts.choose("phases,large")
+        [of_phases, of_large] = registry.choose("phases,large")
         return [worker.run(of_phases, "cpu"), worker.run(replace(of_large, needs=()), "cpu")]
 
 
 def main(names):
     with stand_ins():
-        return [worker.run(part, "cuda") for part in parts.choose(",".join(names))]
+        return [worker.run(part, "cuda") for part in registry.choose(",".join(names))]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import Case, compare, make_case, run_case, truth
+from ranks import RankError
 
 # Relative to the largest value: float64 and float32 as promised for mean/std <= 100; half types at the rounding of
 # their own output (2^-8 and 2^-11), doubled for the rounding of dx after that of y's factors.
@@ -127,7 +128,7 @@ def one_value(rank, world_size, tail):
 
 @pytest.mark.parametrize("tail", [(), (1, 1)])
 def test_one_value_in_the_group_raises_on_every_rank(run, tail):
-    with pytest.raises(AssertionError) as caught:
+    with pytest.raises(RankError) as caught:
         run(one_value, 3, tail)
     errors = set(caught.value.errors.values())
     assert len(errors) == 1

@@ -167,7 +167,7 @@ def test_ranks_answer_or_say_why_and_are_gone():
     before = children()
     assert spawn.run(rank_and_sum, 2, spawn.Setting(30)) == [(0, 2.0, 1), (1, 2.0, 1)]
     assert spawn.run(rank_and_sum, 1, spawn.Setting(30, fake=True)) == [(0, 1.0, 1)]  # reduces nothing
-    with pytest.raises(RuntimeError, match=r"(?s)rank 1 failed.*here it is"):
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 of 2 failed.*here it is"):
         spawn.run(fail_on_rank_1, 2, spawn.Setting(30))
     with pytest.raises(RuntimeError, match=r"answer of ranks \[0\] within 0.5 s; set timeout higher"):
         spawn.run(sleep, 1, spawn.Setting(0.5))

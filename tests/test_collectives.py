@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import compare, make_case, run_case, truth
+from ranks import RankError
 from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
@@ -197,7 +198,7 @@ def not_dividing(rank, world_size, convert):
 
 @pytest.mark.parametrize("convert", [False, True])
 def test_a_size_that_does_not_divide_the_world(run, convert):
-    with pytest.raises(AssertionError) as caught:
+    with pytest.raises(RankError) as caught:
         run(not_dividing, 3, convert)
     assert len(caught.value.errors) == 3
     for kind, message in caught.value.errors.values():
@@ -214,7 +215,7 @@ def not_a_member(rank, world_size):
 
 
 def test_a_group_that_this_rank_is_not_in(run):
-    with pytest.raises(AssertionError) as caught:
+    with pytest.raises(RankError) as caught:
         run(not_a_member, 3, timeout=30)
     kind, message = caught.value.errors[2]
     assert (kind, "not a member" in message) == ("ValueError", True)

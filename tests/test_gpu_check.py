@@ -19,9 +19,20 @@ import torch.distributed as dist
 
 import gpu_check
 import syncbn
-from experiment.gpu_check import inputs, large, layer, matrix, needs, parts, phase_cases, phases, report, worker
-from experiment.gpu_check.outcome import FAILED, OK, SKIPPED, Outcome, Table, make_record
+from experiment.gpu_check import (
+    inputs,
+    large_tensors,
+    layer,
+    phase_cases,
+    phases,
+    rank_tests,
+    registry,
+    report,
+    requirements,
+    worker,
+)
 from experiment.gpu_check.resnet import ResNet50
+from experiment.gpu_check.result import FAILED, OK, SKIPPED, Outcome, Table, make_record
 from experiment.gpu_check.runner import ROOT, environment
 from syncbn.ops import backends, cpu, cuda, reference, selfcheck, triton
 
@@ -29,7 +40,7 @@ HERE = Path(__file__).parent
 
 
 def part(name, **options):
-    return parts.Part(name, f"what {name} does", f"test_gpu_check:{name}", 60, **options)
+    return registry.Part(name, f"what {name} does", f"test_gpu_check:{name}", 60, **options)
 
 
 def measures(device):
@@ -118,7 +129,7 @@ def test_a_wrong_command_line(arguments, found, capsys):
 
 
 def test_without_a_gpu_it_says_so_at_once(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(needs, "num_gpus", lambda: 0)
+    monkeypatch.setattr(requirements, "num_gpus", lambda: 0)
     assert gpu_check.main(["--output-dir", str(tmp_path)]) == 2
     assert not list(tmp_path.iterdir())
     said = capsys.readouterr().err
@@ -147,15 +158,15 @@ def no_memory():
 def test_what_a_gpu_machine_lacks(monkeypatch, name, probes, status, text):
     everything = {"free_memory": lambda: (70 * 2**30, 80 * 2**30), "has_nccl": lambda: True, "num_gpus": lambda: 1}
     for probe, value in (everything | {"import_problem": lambda name: ""} | probes).items():
-        monkeypatch.setattr(needs, probe, value)
-    [chosen] = parts.choose(name)
+        monkeypatch.setattr(requirements, probe, value)
+    [chosen] = registry.choose(name)
     record = worker.run(replace(chosen, target="test_gpu_check:measures"), "cuda")
     assert record["status"] == status
     assert text in record["summary"]
 
 
 def test_what_a_cpu_cannot_run_is_skipped():
-    skipped = {p.name: found for p in parts.PARTS if (found := needs.unmet(p, "cpu"))}
+    skipped = {p.name: found for p in registry.PARTS if (found := requirements.unmet(p, "cpu"))}
     one = SKIPPED, "needs a CUDA GPU"
     assert skipped == {"nccl_ranks": (SKIPPED, "needs 2 CUDA GPUs"), "cuda_graph": one, "large": one}
 
@@ -173,13 +184,13 @@ def test_what_serves_is_named_and_must_be_the_quickest(monkeypatch):
     for kernels, name in ((of_triton, "triton"), (cuda, "cuda"), (reference, "reference")):
         monkeypatch.setattr(backends, "choose", lambda *_, kernels=kernels: kernels)
         assert inputs.back_end(layer, x) == name
-    monkeypatch.setattr(needs, "import_problem", lambda name: "")
+    monkeypatch.setattr(requirements, "import_problem", lambda name: "")
     assert inputs._slower("triton") is None
     assert "on the reference kernels" in inputs._slower("reference")
     assert "not on triton, though Triton is installed" in inputs._slower("cuda")
     with inputs.within(inputs.OPERATORS):
         assert inputs._slower("cuda") is None  # as was asked
-    monkeypatch.setattr(needs, "import_problem", lambda name: "no Triton")
+    monkeypatch.setattr(requirements, "import_problem", lambda name: "no Triton")
     assert inputs._slower("cuda") is None
 
 
@@ -204,13 +215,13 @@ def test_a_fault_at_the_end_of_a_large_tensor_is_found(monkeypatch):
     kernels = SimpleNamespace(**{phase: getattr(reference, phase) for phase in RESULTS})
     monkeypatch.setattr(triton, "kernels_for", lambda *_, **__: kernels)
     for name, value in (("_NUM", 264), ("_PIECE", 64), ("_END", 50)):
-        monkeypatch.setattr(large, name, value)
-    assert large.measure("cpu").failures == []
+        monkeypatch.setattr(large_tensors, name, value)
+    assert large_tensors.measure("cpu").failures == []
     kernels.forward_apply = wrong
     labels = ["1x2x264, y", "264x2, y", "1x1x528, y", "1x1x504, y"]
-    assert [f.partition(": ")[0] for f in large.measure("cpu").failures] == labels
+    assert [f.partition(": ")[0] for f in large_tensors.measure("cpu").failures] == labels
     monkeypatch.setattr(triton, "kernels_for", lambda *_, **__: None)
-    assert "expected those of triton" in large.measure("cpu").failures[0]
+    assert "expected those of triton" in large_tensors.measure("cpu").failures[0]
 
 
 @pytest.mark.slow
@@ -327,7 +338,7 @@ def test_a_failed_self_check_of_triton_does_not_decide(monkeypatch):
 
     monkeypatch.setattr(phase_cases, "_SHAPES", phase_cases._SHAPES[:1])
     monkeypatch.setattr(phases, "BACK_ENDS", {"cpu": ("triton",)})
-    monkeypatch.setattr(needs, "import_problem", lambda name: "")
+    monkeypatch.setattr(requirements, "import_problem", lambda name: "")
     monkeypatch.setattr(selfcheck, "passes", refuse)
     monkeypatch.setattr(
         triton,
@@ -337,7 +348,7 @@ def test_a_failed_self_check_of_triton_does_not_decide(monkeypatch):
     assert set(phases.measure("cpu").failures) == {
         "syncbn.ops.triton: the self-check failed: expected equal results, got NaN"
     }
-    monkeypatch.setattr(needs, "import_problem", lambda name: "no Triton")
+    monkeypatch.setattr(requirements, "import_problem", lambda name: "no Triton")
     assert phases.measure("cpu").failures == ["triton is not available: no Triton"]
 
 
@@ -355,7 +366,7 @@ def test_the_matrix_reports_tests_by_name():
     <failure message="AssertionError: y is off&#10;more">def test():
     E   AssertionError: y is off by 0.1
     E   more</failure></testcase></testsuite>"""
-    rows, failures = matrix._by_function(list(ElementTree.fromstring(text).iter("testcase")))
+    rows, failures = rank_tests._by_function(list(ElementTree.fromstring(text).iter("testcase")))
     assert rows == [{"test": "test_a", "passed": 1, "failed": 1}]
     assert failures == ["test_a[2]: failure: AssertionError: y is off"]
 
@@ -401,7 +412,7 @@ def test_every_part_on_the_cpu(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
-    assert [record["name"] for record in records] == [p.name for p in parts.PARTS]
+    assert [record["name"] for record in records] == [p.name for p in registry.PARTS]
     for record in records:
         assert record["status"] == (SKIPPED if record["name"] in ("nccl_ranks", "cuda_graph", "large") else OK)
         assert record["status"] == SKIPPED or (record["tables"] and all(table["rows"] for table in record["tables"]))

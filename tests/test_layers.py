@@ -1,6 +1,7 @@
-"""The import arrows, from the shims up to the experiment; sizes; how few Python calls a step makes."""
+"""The import arrows, of the library and of the experiments; sizes; how few Python calls a step makes."""
 
 import ast
+import graphlib
 import os
 import shutil
 import subprocess
@@ -24,7 +25,22 @@ HEIGHT = {
     "audit": 7,
     "__init__": 8,
     "lightning": 9,
-    "experiment": 10,
+}  # fmt: skip
+# The same of launch/: the names are those that a file in it imports, the longest that matches.
+LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH_HEIGHT = {
+    "experiment.training.atomic_files": 0, "experiment.training.saved_settings": 0,
+    "experiment.training.instantiate": 0, "experiment.training.known_warnings": 0, "experiment.training.schedule": 0,
+    "experiment.training.world": 0, "experiment.training.sharding": 0,
+    "experiment.training.models": 1, "experiment.training.image_set": 1, "experiment.training.norm_config": 1,
+    "experiment.training.task": 2, "experiment.training.data": 2, "experiment.training.memory_format": 2,
+    "experiment.training.datasets": 3, "experiment.training.segmentation": 3, "experiment.training.report": 3,
+    "experiment.resume": 4, "experiment.simulation": 4,
+    "experiment.evaluate": 5,
+    "experiment.comparison": 6,
+    "experiment.bench": 4, "experiment.bench.scaling": 5, "experiment.bench.registry": 6, "experiment.bench.report": 7,
+    "experiment.gpu_check": 5,
+    "train": 7, "compare": 7, "bench": 8, "gpu_check": 7,
 }  # fmt: skip
 DOOR = {("nn", "convert_sync_batchnorm")}  # calls the public convert(): torch's name for it is a method
 
@@ -63,9 +79,49 @@ def test_imports_go_one_way():
             assert HEIGHT[there] < HEIGHT[here], f"{path.relative_to(ROOT)} imports {there}"
 
 
+def module(path):
+    return ".".join(path.relative_to(LAUNCH).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path) for path in LAUNCH.rglob("*.py")}
+
+
+def launch_imports(path):
+    """Yield the modules of launch/ that one file of it imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            package = module(path).rpartition(".")[0] if node.level else ""
+            base = ".".join(filter(None, [package, node.module]))
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                if {name, base} & MODULES:
+                    yield name if name in MODULES else base
+
+
+def launch_height(name):
+    while name not in LAUNCH_HEIGHT:
+        name = name.rpartition(".")[0]
+        assert name, "give it a height"
+    return name, LAUNCH_HEIGHT[name]
+
+
+def test_imports_of_the_experiments_go_one_way():
+    graph = {module(path): set(launch_imports(path)) for path in LAUNCH.rglob("*.py")}
+    for here, imported in graph.items():
+        for there in imported:
+            (room_here, low), (room_there, high) = launch_height(here), launch_height(there)
+            assert room_here == room_there or high < low, f"{here} imports {there}"
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_library_knows_nothing_of_the_experiments():
+    for path in ROOT.rglob("*.py"):
+        assert "experiment" not in path.read_text(), path
+
+
 def test_only_distributed_calls_torch_distributed():
     for path in ROOT.rglob("*.py"):
-        if room(path) in ("distributed", "compat", "private", "lightning", "experiment"):
+        if room(path) in ("distributed", "compat", "private", "lightning"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
@@ -84,9 +140,9 @@ def test_the_door_is_sorted_and_torch_is_enough():
 
 
 def source(*rooms, suffixes=(".py",)):
-    """Yield the files of some rooms, of all but the experiment without an argument."""
+    """Yield the files of some rooms, of all without an argument."""
     for path in sorted(ROOT.rglob("*")):
-        if path.suffix in suffixes and (room(path) in rooms if rooms else room(path) != "experiment"):
+        if path.suffix in suffixes and (not rooms or room(path) in rooms):
             yield path
 
 
@@ -101,7 +157,8 @@ def test_it_stays_small():
     assert num_lines(triton) <= 450
     assert num_lines(source("ops", suffixes=(".cpp", ".h"))) <= 470
     assert num_lines({*source()} - {*triton}) <= 4600
-    assert {path.name: num_lines([path]) for path in source() if num_lines([path]) > 200} == {}
+    files = [*source(), *LAUNCH.rglob("*.py")]
+    assert {path.name: num_lines([path]) for path in files if num_lines([path]) > 200} == {}
 
 
 def test_arithmetic_and_layers_know_nothing_of_the_order_check():

@@ -19,7 +19,7 @@ from experiment.comparison.images import to_inline_svg, to_png, to_svg
 from experiment.comparison.results_table import REFERENCE, ResultsTable, Row
 from experiment.comparison.settings import MODES, settings, warnings
 from experiment.comparison.statistics import Interval, mean_interval
-from experiment.training.atomic_files import write
+from experiment.training.atomic_files import write_file
 
 TEMPLATE = "page.html.jinja"
 
@@ -77,7 +77,7 @@ def write_report(rows: Sequence[Row], folder: Path, *, title: str, command: str,
         formatting=formatting,
     )
     for name, text in {**tables, "index.html": page}.items():
-        write(folder / name, text)
+        write_file(folder / name, text)
     return folder / "index.html"
 
 
@@ -119,8 +119,8 @@ def _training_plots(results: ResultsTable, folder: Path) -> list[Plot]:
 
 def _plot(name: str, figures: Sequence[Figure], title: str, caption: str, folder: Path) -> Plot:
     light, dark = [to_svg(figure) for figure in figures]
-    write(folder / "plots" / f"{name}.svg", light)
-    write(folder / "plots" / f"{name}.png", to_png(figures[0]))
+    write_file(folder / "plots" / f"{name}.svg", light)
+    write_file(folder / "plots" / f"{name}.png", to_png(figures[0]))
     inline = [
         Markup(to_inline_svg(svg, f"{name}-{theme}", title)) for svg, theme in ((light, "light"), (dark, "dark"))
     ]

@@ -17,7 +17,7 @@ import syncbn
 from syncbn.compat import destroy_process_group
 
 from .inputs import back_end, draw, error_of
-from .outcome import Row
+from .result import Row
 
 _WORLD_SIZE = 2
 _NUM_STEPS = 2

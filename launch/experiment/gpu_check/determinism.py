@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import gpu
-from .groups import fake_group, group_of_one
+from . import cuda_calls
 from .inputs import cases, draw, full, make_layer, name_of, refuse_reference, run_layer
-from .outcome import Outcome, Row, Table
+from .process_groups import fake_group, group_of_one
+from .result import Outcome, Row, Table
 
 _NUM_RUNS = 200
 _SHAPES = {"cuda": ((16, 64, 56, 56), (64, 512, 7, 7)), "cpu": ((4, 8, 12, 12),)}
@@ -51,13 +51,13 @@ def _two_streams(shape: Sequence[int], dtype: torch.dtype, form: str, failures: 
     """Run two layers on a stream each; every result must be that of the layer alone."""
     layers = [_make(shape, dtype, form, "cuda", seed=seed) for seed in range(2)]
     alone = [_all_results(*each) for each in layers]
-    streams = [gpu.make_stream() for _ in layers]
+    streams = [cuda_calls.make_stream() for _ in layers]
     different = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in layers]
     torch.cuda.synchronize()
     for _ in range(_NUM_BATCHES):
         for stream in streams:
             with torch.cuda.stream(stream):
-                gpu.sleep(_SLEEP)
+                cuda_calls.sleep(_SLEEP)
         for _ in range(_PER_BATCH):
             for i, stream in enumerate(streams):
                 with torch.cuda.stream(stream):

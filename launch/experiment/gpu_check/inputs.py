@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.ops import backends
 
-from . import needs
+from . import requirements
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 OPERATORS = "syncbn, cuda operators"  # the kind of a layer of ours that runs on torch's operators, not on Triton
@@ -100,7 +100,7 @@ def _slower(name: str) -> str | None:
     """Return what is wrong with the back end that serves a GPU, if anything is."""
     if name == "reference":
         return "the layer runs on the reference kernels, not on those for CUDA"
-    if name == "cuda" and backends._chosen == "auto" and not needs.import_problem("triton"):
+    if name == "cuda" and backends._chosen == "auto" and not requirements.import_problem("triton"):
         return "the layer runs on torch's operators (cuda), not on triton, though Triton is installed; choice: auto"
     return None
 

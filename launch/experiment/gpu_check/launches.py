@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import gpu
-from .groups import fake_group
+from . import cuda_calls
 from .inputs import OPERATORS, cases, draw, full, make_layer, name_of, refuse_reference, run_layer, within
-from .outcome import Outcome, Row, Table
+from .process_groups import fake_group
+from .result import Outcome, Row, Table
 
 _SHAPE = (8, 64, 28, 28)
 _NOT_WORK = (" Sync", "Event Record", "Stream Wait Event", "Activity Buffer Request", "Lazy Function Loading",
@@ -79,7 +79,7 @@ def _count(
 
 
 def _operators(run: Callable[[], object]) -> Counter[str]:
-    return Counter(name for name in gpu.operators(run) if not name.startswith(_NO_WORK_ON_CPU))
+    return Counter(name for name in cuda_calls.operators(run) if not name.startswith(_NO_WORK_ON_CPU))
 
 
 def _launched(run: Callable[[], object]) -> Counter[str]:

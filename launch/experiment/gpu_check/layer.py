@@ -22,10 +22,10 @@ from torch import Tensor
 
 from experiment.bench import timing
 
-from . import gpu
-from .groups import fake_group
+from . import cuda_calls
 from .inputs import FORMATS, OPERATORS, cases, full, make_layer, name_of, refuse_reference, run_layer, within
-from .outcome import Outcome, Row, Table
+from .process_groups import fake_group
+from .result import Outcome, Row, Table
 
 _SHAPES = {  # of a ResNet-50: channels, height and width
     "cuda": ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7)),
@@ -138,13 +138,13 @@ def _device_and_host(passes: Passes, num_rounds: int) -> dict[str, Any]:
     for _ in range(num_rounds):
         for kind, run in passes.items():
             torch.cuda.synchronize()
-            gpu.sleep(_SLEEP)
-            start = gpu.record_event()
+            cuda_calls.sleep(_SLEEP)
+            start = cuda_calls.record_event()
             begin = time.perf_counter()
             with within(kind):
                 run()
             host[kind].append(time.perf_counter() - begin)
-            end = gpu.record_event()
+            end = cuda_calls.record_event()
             torch.cuda.synchronize()
             device[kind].append(start.elapsed_time(end) / 1e3)
     to_copy: Row = {"to copy, device": list(timing.quartiles(timing.ratios(device, "syncbn", "copy")))}

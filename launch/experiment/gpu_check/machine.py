@@ -14,8 +14,8 @@ import torch
 
 from syncbn.ops import triton
 
-from . import gpu
-from .outcome import Outcome, Row, Table
+from . import cuda_calls
+from .result import Outcome, Row, Table
 
 GIB = 2**30
 _NUM_LAUNCHES = 500  # fewer than a GPU's queue takes (about 1000) before the host has to wait for it
@@ -63,9 +63,9 @@ def _median_seconds(run: Callable[[], object], device: str, num_runs: int) -> fl
     times: list[float] = []
     for _ in range(num_runs + 2):
         if device == "cuda":
-            start = gpu.record_event()
+            start = cuda_calls.record_event()
             run()
-            end = gpu.record_event()
+            end = cuda_calls.record_event()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
         else:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .groups import fake_group
 from .inputs import cases, draw, full, make_layer, name_of, refuse_reference, run_layer
-from .outcome import Outcome, Row, Table
+from .process_groups import fake_group
+from .result import Outcome, Row, Table
 
 _SHAPE = {"cuda": (32, 64, 56, 56), "cpu": (4, 64, 14, 14)}
 _PER_CHANNEL = 64  # bytes that a layer may keep beyond its input: O(C) numbers

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from syncbn.ops.reference import Running
 
-from . import truth
+from . import float64_reference
 from .inputs import TOLERANCE, error_of, full
 from .phase_cases import MOMENTUM, NUM_BATCHES, Case
 
@@ -40,7 +40,7 @@ _Result = tuple[str, float | str, float]  # what, its error or what is wrong wit
 def deviations(kernels_for: KernelsFor, case: Case) -> Iterator[Deviation]:
     """Compare the four phases of one back end; each gets the true results of those before it."""
     kernels = kernels_for(case.x, case.weight, case.bias, case.running_mean, case.running_var)
-    moments = truth.moments(case.x)
+    moments = float64_reference.moments(case.x)
     for phase, compare in _COMPARISONS.items():
         try:
             if kernels is None:
@@ -57,7 +57,7 @@ def deviations(kernels_for: KernelsFor, case: Case) -> Iterator[Deviation]:
                 yield Deviation(phase, what, found, tolerance)
 
 
-def _forward_reduce(kernels: Any, case: Case, moments: truth.Moments) -> Iterator[_Result]:
+def _forward_reduce(kernels: Any, case: Case, moments: float64_reference.Moments) -> Iterator[_Result]:
     num_batches = torch.tensor(NUM_BATCHES - 1, device=case.x.device)
     packed = kernels.forward_reduce(case.x, num_batches)
     # the passes over x are in float32 or better, whatever the input
@@ -66,13 +66,13 @@ def _forward_reduce(kernels: Any, case: Case, moments: truth.Moments) -> Iterato
     yield "num_batches_tracked", 0.0 if found == NUM_BATCHES else f"expected {NUM_BATCHES}, got {found}", 1.0
 
 
-def _forward_apply(kernels: Any, case: Case, moments: truth.Moments) -> Iterator[_Result]:
+def _forward_apply(kernels: Any, case: Case, moments: float64_reference.Moments) -> Iterator[_Result]:
     x, device = case.x, case.x.device
     moving = case.running_mean.clone(), case.running_var.clone()
     running = Running(*moving, torch.tensor(NUM_BATCHES, device=device), case.momentum)
     y, statistics = kernels.forward_apply(x, moments.sums().to(device), case.weight, case.bias, running, _EPS)
     true = moments.statistics(_EPS)
-    error = _map_error(y, truth.normalized(x, true, case.weight, case.bias), case, 0.0)
+    error = _map_error(y, float64_reference.normalized(x, true, case.weight, case.bias), case, 0.0)
     yield "y", error, _STEEP["y"] if case.is_steep else TOLERANCE[x.dtype]
     tolerance = _STEEP["statistics"] if case.is_steep else TOLERANCE[torch.float64]  # whatever the input
     yield "statistics", _statistics_error(statistics, true), tolerance
@@ -82,12 +82,12 @@ def _forward_apply(kernels: Any, case: Case, moments: truth.Moments) -> Iterator
         yield name, error_of(mine, other), TOLERANCE[mine.dtype]
 
 
-def _backward_reduce(kernels: Any, case: Case, moments: truth.Moments) -> Iterator[_Result]:
+def _backward_reduce(kernels: Any, case: Case, moments: float64_reference.Moments) -> Iterator[_Result]:
     x, dy, statistics = case.x, case.dy, moments.statistics(_EPS)
     dtypes = [None if t is None else t.dtype for t in (case.weight, case.bias)]
     packed, *gradients = kernels.backward_reduce(dy, x, statistics.to(x.device), *dtypes)
-    sums = truth.gradient_sums(dy, x, statistics)
-    scale, tolerance = max(truth.norm(sums), truth.spread(dy)), TOLERANCE[full(x.dtype)]
+    sums = float64_reference.gradient_sums(dy, x, statistics)
+    scale, tolerance = max(float64_reference.norm(sums), float64_reference.spread(dy)), TOLERANCE[full(x.dtype)]
     yield "sums", _per_channel_error(packed, sums, torch.float64, scale), tolerance
     true_bias, true_weight = sums.chunk(2)
     for name, found, true, dtype in zip(
@@ -99,23 +99,23 @@ def _backward_reduce(kernels: Any, case: Case, moments: truth.Moments) -> Iterat
             yield name, _per_channel_error(found, true, dtype, scale), max(tolerance, TOLERANCE[dtype])
 
 
-def _backward_apply(kernels: Any, case: Case, moments: truth.Moments) -> Iterator[_Result]:
-    x, dy, sums = case.x, case.dy, truth.gradient_sums(case.dy, case.x, moments.statistics(_EPS))
+def _backward_apply(kernels: Any, case: Case, moments: float64_reference.Moments) -> Iterator[_Result]:
+    x, dy, sums = case.x, case.dy, float64_reference.gradient_sums(case.dy, case.x, moments.statistics(_EPS))
     # as if another rank had as many values, whose sums are not small beside these
     total = sums + moments.num * torch.linspace(0.5, 1.5, len(sums)).double()
     statistics = moments.statistics(_EPS)
     statistics[-1] = max(2 * moments.num, 1)
     dx = kernels.backward_apply(dy, x, statistics.to(x.device), case.weight, total.to(x.device))
-    true = truth.backward_apply(dy, x, statistics, case.weight, total)
-    yield "dx", _map_error(dx, true, case, truth.norm(dy)), TOLERANCE[x.dtype]
+    true = float64_reference.backward_apply(dy, x, statistics, case.weight, total)
+    yield "dx", _map_error(dx, true, case, float64_reference.norm(dy)), TOLERANCE[x.dtype]
 
 
-_COMPARISONS: dict[str, Callable[[Any, Case, truth.Moments], Iterator[_Result]]] = dict(
+_COMPARISONS: dict[str, Callable[[Any, Case, float64_reference.Moments], Iterator[_Result]]] = dict(
     zip(PHASES, (_forward_reduce, _forward_apply, _backward_reduce, _backward_apply), strict=True)
 )
 
 
-def sums_error(packed: Tensor, moments: truth.Moments) -> float | str:
+def sums_error(packed: Tensor, moments: float64_reference.Moments) -> float | str:
     """Return the error of what the sums say: of the mean in standard deviations, of the variance relative to it."""
     mean, var, count = moments
     if packed.dtype != torch.float64 or packed.shape != (2 * len(mean) + 1,):
@@ -155,4 +155,4 @@ def _map_error(found: Tensor, true: Tensor, case: Case, scale: float) -> float |
         return f"expected {tuple(case.x.shape)} of {case.x.dtype}, got {tuple(found.shape)} of {found.dtype}"
     if case.is_dense and found.stride() != case.x.stride():
         return f"expected strides {case.x.stride()}, got {found.stride()}"
-    return error_of(truth.per_channel(found), true, max(truth.norm(true), scale))
+    return error_of(float64_reference.per_channel(found), true, max(float64_reference.norm(true), scale))

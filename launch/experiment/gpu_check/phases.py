@@ -15,11 +15,11 @@ import torch
 
 from syncbn.ops import cpu, cuda, reference, selfcheck, triton
 
-from . import needs
+from . import requirements
 from .inputs import DTYPES, name_of
-from .outcome import Outcome, Row, Table
 from .phase_cases import Case, make_cases
 from .phase_errors import PHASES, KernelsFor, deviations
+from .result import Outcome, Row, Table
 
 BACK_ENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "cuda", "triton")}
 
@@ -55,7 +55,7 @@ def measure(device: str) -> Outcome:
 def _open(name: str) -> str | None:
     """Make a back end ready without its self-check; return why that is not possible."""
     if name == "triton":
-        return needs.import_problem("triton") or None
+        return requirements.import_problem("triton") or None
     if name != "cpu":
         return None
     with mock.patch.object(selfcheck, "passes", return_value=True):

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from . import needs
-from .outcome import Record, to_json, write_atomically
-from .parts import PARTS
+from experiment.training.atomic_files import write_file
+
+from . import requirements
+from .registry import PARTS
+from .result import Record, to_json
 from .runner import ROOT
 
 _WIDTH = 100  # characters of a summary in the plain table
@@ -30,7 +32,7 @@ def collect_facts(device: str, command: str, date: str) -> dict[str, str]:
         "commit": _commit(),
         "device": device,
         "card": _card() if device == "cuda" else "none used",
-        "GPUs": str(needs.num_gpus()),
+        "GPUs": str(requirements.num_gpus()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda or "not in this torch"),
@@ -70,7 +72,7 @@ def _cudnn() -> str:
 
 
 def _nccl() -> str:
-    if not needs.has_nccl():
+    if not requirements.has_nccl():
         return "not in this torch"
     from torch.cuda import nccl
 
@@ -101,7 +103,7 @@ def _short(text: str) -> str:
 
 def write(folder: Path, facts: dict[str, str], records: Sequence[Record]) -> Path:
     """Write gpu_check.json and gpu_check.md; return the path of the latter."""
-    write_atomically(folder / "gpu_check.json", to_json({"facts": facts, "parts": records}))
+    write_file(folder / "gpu_check.json", to_json({"facts": facts, "parts": records}))
     lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in facts.items()), "", "## Summary", ""]
     summary = [
         {k: r[k] for k in ("name", "status", "seconds")} | {"summary": " ".join(r["summary"].split())} for r in records
@@ -110,7 +112,7 @@ def write(folder: Path, facts: dict[str, str], records: Sequence[Record]) -> Pat
     for record in records:
         lines += ["", *_section(record)]
     path = folder / "gpu_check.md"
-    write_atomically(path, "\n".join(lines) + "\n")
+    write_file(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from .outcome import FAILED, Record, make_record
-from .parts import Part
+from .registry import Part
+from .result import FAILED, Record, make_record
 
 ROOT = Path(__file__).resolve().parents[3]
 _NUM_LINES = 12  # of the log of a part that left no record

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from . import needs
-from .outcome import FAILED, OK, Outcome, Record, make_record, to_json, write_atomically
-from .parts import Part
+from experiment.training.atomic_files import write_file
+
+from . import requirements
+from .registry import Part
+from .result import FAILED, OK, Outcome, Record, make_record, to_json
 
 _NUM_LINES = 12  # of a traceback, in the report; all of it goes to the part's log
 
@@ -29,13 +31,13 @@ def main(arguments: list[str]) -> None:
     """Run the part that the arguments describe."""
     description, device, path = arguments
     part = Part(**json.loads(description))
-    write_atomically(Path(path), to_json(run(part, device)))
+    write_file(Path(path), to_json(run(part, device)))
 
 
 def run(part: Part, device: str) -> Record:
     """Run a part, or find out what it lacks; an exception makes it a failed one."""
     try:
-        missing = needs.unmet(part, device)
+        missing = requirements.unmet(part, device)
         if missing is not None:
             status, text = missing
             return make_record(part.name, status, text, failures=[text] if status == FAILED else [])

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from experiment.training.atomic_files import write
+from experiment.training.atomic_files import write_file
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -91,4 +91,4 @@ class ResumableCSVLogger(CSVLogger):
         writer = csv.DictWriter(text, self.columns)
         writer.writeheader()
         writer.writerows(rows)
-        write(self.path, text.getvalue())
+        write_file(self.path, text.getvalue())

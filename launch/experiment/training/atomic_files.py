@@ -34,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: P
             os.close(directory)
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write text in UTF-8, or bytes, as `write_atomically` does."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     write_atomically(path, lambda file: file.write(data))

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import syncbn
-from experiment.training.atomic_files import write
+from experiment.training.atomic_files import write_file
 from experiment.training.sharding import BatchPlan
 from experiment.training.task import Task
 
@@ -65,7 +65,7 @@ def write_inputs(folder: Path, config: DictConfig) -> None:
     Raises:
         ValueError: `run.json` is damaged.
     """
-    write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    write_file(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     if (folder / "run.json").exists():
         read_json(folder / "run.json", "remove it: the next start writes its own")  # found before training
     else:
@@ -94,7 +94,7 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write(path, json.dumps(content, indent=2) + "\n")
+    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 class Clock(Callback):

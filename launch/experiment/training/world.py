@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
+
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 
 @dataclass(frozen=True)
@@ -69,3 +75,18 @@ def _is_one_of_several_by_srun() -> bool:
     """Distinguish a task of srun from batch scripts and interactive shells, whose step ids begin at 2**32 - 16."""
     step, num_tasks = _numbers("SLURM_STEP_ID", "SLURM_NTASKS")
     return "SLURM_STEP_ID" in os.environ and step < 2**32 - 16 and num_tasks > 1
+
+
+def make_environment(world: World) -> ClusterEnvironment:
+    """Tell Lightning which launcher started the processes; launch/slurm requeues SLURM jobs, not Lightning."""
+    if world.by_torchrun:
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if world.by_slurm else LightningEnvironment()
+
+
+def listen_on_loopback(world: World) -> None:
+    """Let gloo listen on the loopback if one machine has all ranks; by default it takes the host name's address."""
+    if world.num_nodes == 1 < world.world_size:
+        for _, name in socket.if_nameindex():
+            if name in ("lo", "lo0"):  # Linux, macOS
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from . import gpu
-from .groups import fake_group, group_of_one
+from . import cuda_calls
 from .inputs import cases, draw, full, make_layer, name_of, refuse_reference, run_layer
-from .outcome import Outcome, Row, Table
+from .process_groups import fake_group, group_of_one
+from .result import Outcome, Row, Table
 
 _SHAPE = (8, 64, 28, 28)
 _NUM_WARM_UP = 11  # steps on a side stream, as torch's notes on CUDA graphs ask for with NCCL
@@ -72,7 +72,7 @@ def _compare(dtype: torch.dtype, form: str, failures: list[str]) -> tuple[str, l
 
 def _capture(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
     """Return a graph of one step, and the tensors that its replays write."""
-    side = gpu.make_stream()
+    side = cuda_calls.make_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_NUM_WARM_UP):

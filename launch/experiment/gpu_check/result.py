@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
@@ -36,13 +34,6 @@ class Outcome:
 def make_record(name: str, status: str, summary: str, **more: Any) -> Record:
     """Fill in what a record has in any case."""
     return {"name": name, "status": status, "seconds": 0.0, "summary": summary, "failures": [], "tables": []} | more
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file at once: a reader finds the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def to_json(value: Any) -> str:

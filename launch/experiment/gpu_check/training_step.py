@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import syncbn
 from experiment.bench import timing
 
-from .groups import fake_group
 from .inputs import FORMATS, draw, make_layer, refuse_reference
-from .outcome import Outcome, Row, Table
+from .process_groups import fake_group
 from .resnet import ResNet50
+from .result import Outcome, Row, Table
 
 _MIB = 2**20
 

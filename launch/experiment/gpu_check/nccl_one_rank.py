@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .groups import group_of_one, record_exchanges
 from .inputs import TOLERANCE, cases, draw, error_of, full, make_layer, name_of, refuse_reference
-from .outcome import Outcome, Row, Table
+from .process_groups import group_of_one, record_exchanges
+from .result import Outcome, Row, Table
 
 _SHAPE = (8, 16, 9, 7)
 _NUM_STEPS = 2

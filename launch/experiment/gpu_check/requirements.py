@@ -8,8 +8,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from .outcome import FAILED, SKIPPED
-from .parts import Part
+from .registry import Part
+from .result import FAILED, SKIPPED
 
 GIB = 2**30
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .groups import group_of_one
 from .inputs import TOLERANCE, draw, error_of, full, make_layer, name_of
-from .outcome import Outcome, Row, Table
+from .process_groups import group_of_one
+from .result import Outcome, Row, Table
 
 _SHAPE = (8, 16, 14, 14)
 _NAMES = ("y", "dx", "weight", "bias", "running_mean", "running_var")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from . import ddp_step
-from .outcome import Outcome, Row, Table
+from .result import Outcome, Row, Table
 from .runner import ROOT
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from syncbn.ops import triton
 from syncbn.ops.reference import Running
 
-from . import truth
+from . import float64_reference
 from .inputs import TOLERANCE, error_of, name_of
-from .outcome import Outcome, Row, Table
 from .phase_errors import sums_error
+from .result import Outcome, Row, Table
 
 _NUM = 2**30 + 8  # values of each of two channels, 4.3 GB; 24 fewer in all are 2**31 - 8
 _PIECE = 2**26
@@ -55,19 +55,22 @@ def _errors(x: Tensor, dy: Tensor) -> Iterator[tuple[str, float | str, float]]:
     true = moments.statistics(_EPS)
     y, _ = kernels.forward_apply(x, moments.sums().to(x.device), None, None, Running(), _EPS)
     error = max(
-        error_of(truth.per_channel(y_part), truth.normalized(part, true, None, None)) for part, y_part in _ends(x, y)
+        error_of(float64_reference.per_channel(y_part), float64_reference.normalized(part, true, None, None))
+        for part, y_part in _ends(x, y)
     )
     yield "y", error, TOLERANCE[_DTYPE]
     del y
     statistics = true.to(x.device)
     found, _, _ = kernels.backward_reduce(dy, x, statistics, None, None)
     sums = _gradient_sums(dy, x, statistics)
-    scale = max(truth.norm(sums), moments.num**0.5)  # sums of random signs
+    scale = max(float64_reference.norm(sums), moments.num**0.5)  # sums of random signs
     yield "sums of gradients", error_of(found, sums, scale), of_sums
     sums += moments.num * torch.linspace(0.5, 1.5, len(sums), dtype=torch.float64)  # not small beside the terms of dx
     dx = kernels.backward_apply(dy, x, statistics, None, sums.to(x.device))
     error = max(
-        error_of(truth.per_channel(dx_part), truth.backward_apply(dy_part, part, true, None, sums))
+        error_of(
+            float64_reference.per_channel(dx_part), float64_reference.backward_apply(dy_part, part, true, None, sums)
+        )
         for part, dy_part, dx_part in _ends(x, dy, dx)
     )
     yield "dx", error, TOLERANCE[_DTYPE]
@@ -88,11 +91,11 @@ def _total(sums: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return torch.stack([sums(*(piece.double() for piece in several)) for several in pieces]).sum(0)
 
 
-def _moments(x: Tensor) -> truth.Moments:
+def _moments(x: Tensor) -> float64_reference.Moments:
     num = x.numel() // x.shape[1]
     mean = _total(lambda values: values.sum(1), x) / num
     var = _total(lambda values: (values - mean[:, None]).square_().sum(1), x) / num
-    return truth.Moments(mean.cpu(), var.cpu(), num)
+    return float64_reference.Moments(mean.cpu(), var.cpu(), num)
 
 
 def _gradient_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:

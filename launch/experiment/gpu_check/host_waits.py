@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import syncbn
 
-from . import gpu
-from .groups import fake_group, group_of_one
+from . import cuda_calls
 from .inputs import cases, draw, full, make_layer, name_of, refuse_reference, run_layer
-from .outcome import Outcome, Row, Table
+from .process_groups import fake_group, group_of_one
+from .result import Outcome, Row, Table
 
 _SHAPE = (4, 32, 14, 14)
 _OPTIONS: tuple[dict[str, Any], ...] = ({}, {"momentum": None}, {"affine": False}, {"track_running_stats": False})
@@ -87,8 +87,8 @@ def _places(layer: nn.Module, x: Tensor, dy: Tensor) -> list[str]:
         last = frames[-1] if frames else None
         places.append(f"{_TEXT}{f', {last.filename}:{last.lineno}: {last.line}' if last else ''}")
     torch.cuda.synchronize()
-    gpu.sleep(_SLEEP)
-    busy = gpu.record_event(timing=False)
+    cuda_calls.sleep(_SLEEP)
+    busy = cuda_calls.record_event(timing=False)
     begin = time.perf_counter()
     run_layer(layer, x, dy)
     if busy.query():  # type: ignore[no-untyped-call]  # the sleep is over: the host has waited for it
@@ -123,7 +123,7 @@ def _torchs(dtype: torch.dtype, form: str) -> Row:
 def _reads(layer: nn.Module, x: Tensor, dy: Tensor) -> list[str]:
     """Return the operators that read values back to the host."""
     with syncbn.use_kernels("reference"):
-        names = gpu.operators(lambda: run_layer(layer, x, dy))
+        names = cuda_calls.operators(lambda: run_layer(layer, x, dy))
     if not names:
         raise AssertionError("expected a step to run operators, saw none")
     return [f"reads a value back: {name}" for name in names if name.startswith(_READS)]
