@@ -68,7 +68,7 @@ def start(folder, *arguments, quick=False, **options):
     """Start the command as a process of its own."""
     code = ["-c", WITH_QUICK.format(quick=str(QUICK), compare=str(COMPARE))] if quick else [str(COMPARE)]
     environment = {**os.environ, "SYNCBN_CACHE": str(folder / "cache"), "MPLBACKEND": "tkagg"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "launch"), os.environ.get("PYTHONPATH", "")])
     environment.pop("DISPLAY", None)
     return subprocess.Popen([sys.executable, *code, *arguments], cwd=folder, env=environment, **options)
 

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import conftest
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 
 import gpu_check
 import syncbn
+from experiment.bench import rank_pool
 from experiment.gpu_check import (
     inputs,
     large_tensors,
@@ -402,7 +402,8 @@ def test_ranks_share_gpus_on_gloo(monkeypatch, tmp_path, device, num_gpus, world
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: made.append(backend))
-    ranks._call(1 % world_size, lambda *_: None, world_size, (), str(tmp_path / "store"), 60, device)
+    job = rank_pool.Job(lambda *_: None, (), 1 % world_size, world_size, str(tmp_path / "store"), True, 60)
+    assert rank_pool._call(job, device) == ("result", None)
     assert (made[0], gpus[0] if gpus else None) == expected
 
 
