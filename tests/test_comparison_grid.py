@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from experiment.comparison.grid import AXES, GROUPS, OTHERS, base_config, make_cells, quoted, shared_overrides
+from experiment.comparison.store import Results
 from syncbn.lightning import NormConverter
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -51,6 +52,34 @@ def test_the_default_grid():
         "evaluate=[rank0,averaged,precise,batch]",
         "simulate=4",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "num_cells"),
+    [
+        ("classification", ["arms=[bn,syncbn,syncbn_2,gn]", "seeds=[0,1,2,3,4]"], 80),
+        (
+            "segmentation",
+            ["data=digit_scenes", "model=unet", "task=segmentation", "trainer.max_epochs=4", "per_rank_batch_sizes=[1,2]",
+             "seeds=[0,1,2,3,4]"],
+            30,
+        ),
+    ],
+)  # fmt: skip
+def test_results_from_before_the_move_still_open(tmp_path, name, overrides, num_cells):
+    """Their settings name classes of syncbn.experiment."""
+    old = (CONF.parent / "docs" / "results" / name / "results.jsonl").read_text()
+    assert '"_target_": "syncbn.experiment.' in old
+    (tmp_path / "results.jsonl").write_text(old)
+    cells = grid(*overrides)
+    shared = shared_overrides(overrides)
+    common = base_config(compose("compare", overrides=overrides), shared)
+    with Results(tmp_path / "results.jsonl", common, {}) as results:
+        assert len(results.rows) == num_cells
+        assert {cell.id for cell in cells} == {cell for cell, row in results.rows.items() if row["status"] == "done"}
+    other = {**common, "model": {**common["model"], "width": 4}}
+    with pytest.raises(ValueError, match=r"another grid.*\n *model.width: \d+ there, 4 here$"):
+        Results(tmp_path / "results.jsonl", other, {})
 
 
 def test_a_cells_overrides_are_its_place():

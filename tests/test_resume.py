@@ -245,6 +245,19 @@ def test_a_finished_run_is_not_run_again_and_another_is_kept_out(here, whole, ca
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
+def test_a_run_from_before_the_move_is_the_same_run(here, whole, capsys):  # noqa: F811
+    """Its config names classes of syncbn.experiment."""
+    shutil.copytree(whole, "run")
+    text = (here / "run" / "config.yaml").read_text()
+    old = text.replace("experiment.training.models.classifiers", "syncbn.experiment.nets")
+    old = old.replace("experiment.training.datasets.sources", "syncbn.experiment.sources")
+    old = old.replace("experiment.training.task", "syncbn.experiment.task")
+    assert old.count("_target_: syncbn.experiment.") == 3
+    (here / "run" / "config.yaml").write_text(old)
+    train("+norm=bn", "run_dir=run")
+    assert "run is finished: nothing was run" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "content", "advice"),
     [
