@@ -1,11 +1,11 @@
-# make train | compare | test | test-slow | test-versions | test-nodes: each sets up .venv by itself; a second call does
-# not install again. make gpu-check: on a machine with a GPU.
+# make train | compare | docs | test | test-slow | test-versions | test-nodes: each sets up .venv by itself; a second call
+# does not install again. make gpu-check: on a machine with a GPU.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 LONGER := --timeout 900 -o faulthandler_timeout=960
 
-.PHONY: setup train compare test test-slow test-versions test-nodes gpu-check
+.PHONY: setup train compare docs test test-slow test-versions test-nodes gpu-check
 setup: $(READY)
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -18,6 +18,10 @@ train: $(READY)
 
 compare: $(READY)
 	$(BIN)/python launch/compare.py 'per_rank_batch_sizes=[1,2,8]' output_dir=outputs/compare-small
+
+# The pages of docs/ as a site that needs no network: open site/index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: $(READY)
 	$(BIN)/ruff check

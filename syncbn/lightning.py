@@ -36,7 +36,7 @@ class NormConverter(Callback):
         ValueError: At construction for an unknown norm or unusable arguments; in setup, if ``Trainer`` has
             ``sync_batchnorm=True`` too; as `syncbn.convert`.
 
-    Example:
+    Examples:
         >>> from lightning import Trainer
         >>> trainer = Trainer(callbacks=[NormConverter("gn", num_groups=8)], accelerator="cpu", logger=False,
         ...                   enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)

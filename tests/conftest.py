@@ -33,6 +33,9 @@ ANYWHERE = {
     "no C++ compiler is installed",
     "SLURM is not installed",
 }
+# Packages of docs/frameworks.md, which no environment here needs to have.
+FRAMEWORKS: set[str] = set()
+ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS}
 MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()

@@ -141,6 +141,6 @@ def test_no_spills_and_wide_loads(tmp_path, arch):
 
 def test_every_case_has_a_row_in_the_documentation():
     """The numbers in it depend on Triton's version: `python tests/triton_stub.py` prints them anew."""
-    text = (triton_stub.Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    text = (triton_stub.Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
     for shape, dtype, layout in triton_stub.CASES:
         assert f"| {'x'.join(map(str, shape))} | {str(dtype).removeprefix('torch.')} | {layout} |" in text

@@ -1,6 +1,6 @@
 """Run syncbn's Triton kernels up to the driver, which is a stub: compiled for a GPU that is not there, and launched.
 
-    python tests/triton_stub.py        # registers of all kernels, as the table in docs/gpu.md
+    python tests/triton_stub.py        # registers of all kernels, as the table in docs/kernels.md
 
 Launches are recorded, with what they are given; nothing is computed. In a process without ``TRITON_INTERPRET=1``.
 """

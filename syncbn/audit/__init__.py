@@ -43,7 +43,7 @@ def audit(model: nn.Module, batch: Any, per_rank_batch_size: int, world_size: in
 
     Source: the variance of the sample variance of n independent normal values is ``2 var ** 2 / (n - 1)``.
 
-    Example:
+    Examples:
         >>> import torch, syncbn
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())

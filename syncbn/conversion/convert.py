@@ -63,7 +63,7 @@ def convert(
             or parametrized layer; "frozen" for a layer without running statistics; what your own norm raises (also a
             TypeError); a model already wrapped, sharded or compiled, unless nothing is left to convert.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from functools import partial
         >>> model = convert(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), partial(torch.nn.GroupNorm, 2))

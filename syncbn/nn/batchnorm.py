@@ -29,14 +29,14 @@ class SyncBatchNorm(BatchNorm):
     Collectives: see `functional.sync_batch_norm`: one exchange forward and one backward, none in eval mode. The first
     training forward makes the process groups of an int or "node", if conversion did not: a collective of the world.
 
-    Args: as ``nn.BatchNorm2d``, and
+    Args:
         process_group: Ranks that share statistics: None for all, a number of consecutive ranks, "node", a
             ProcessGroup, or a DeviceMesh of one dimension.
-        bias: Whether an affine layer has a ``bias``.
+        bias: Whether an affine layer has a ``bias``. All other arguments are those of ``nn.BatchNorm2d``.
 
     Raises and sources: see `functional.sync_batch_norm`; a ValueError for an unusable ``process_group``.
 
-    Example:
+    Examples:
         >>> import torch, syncbn
         >>> layer = syncbn.SyncBatchNorm(3)
         >>> y = layer(torch.randn(8, 3, 4, 4))

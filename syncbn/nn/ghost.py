@@ -44,7 +44,7 @@ class GhostBatchNorm(BatchNorm):
 
     Source: Hoffer, Hubara & Soudry 2017, algorithm 1 (there the splits move the running statistics in turn).
 
-    Example:
+    Examples:
         >>> import torch, syncbn
         >>> x = torch.randn(8, 3, 4, 4)
         >>> y = syncbn.GhostBatchNorm(3, num_splits=2)(x)
