@@ -1,9 +1,11 @@
 """Which ranks share statistics: group specs, their groups, copies and pickles."""
 
 import copy
+import gc
 import io
 import pickle
 import socket
+import weakref
 
 import pytest
 import torch
@@ -290,3 +292,18 @@ def test_the_gradient_of_a_sum_leaves_the_gradient_it_gets(run, limit):
         assert summed.tolist() == [6, 10, 14]
         assert dx.tolist() == [2 * 2 * (1 + 2)] * 3  # each rank's gradient, summed, of both sums
         assert dy.tolist() == [1 + rank] * 3
+
+
+def world_left_behind(rank, world_size, specs):
+    layers = [syncbn.SyncBatchNorm(2, process_group=spec) for spec in specs]
+    for layer in layers:
+        layer(torch.randn(3, 2))
+    groups = [weakref.ref(dist.group.WORLD), *(weakref.ref(layer.group_spec.resolve()) for layer in layers)]
+    compat.destroy_process_group()
+    gc.collect()
+    return [group() for group in groups]
+
+
+def test_no_group_outlives_destroy_process_group(run):
+    """One that did now and then aborted its process at the end of the interpreter, inside gloo."""
+    assert run(world_left_behind, 4, [2, 4, "node", None]) == [[None] * 5] * 4

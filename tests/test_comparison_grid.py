@@ -60,8 +60,8 @@ def test_the_default_grid():
         ("classification", ["arms=[bn,syncbn,syncbn_2,gn]", "seeds=[0,1,2,3,4]"], 80),
         (
             "segmentation",
-            ["data=digit_scenes", "model=unet", "task=segmentation", "trainer.max_epochs=4", "per_rank_batch_sizes=[1,2]",
-             "seeds=[0,1,2,3,4]"],
+            ["data=digit_scenes", "model=unet", "task=segmentation", "trainer.max_epochs=4",
+             "per_rank_batch_sizes=[1,2]", "seeds=[0,1,2,3,4]"],
             30,
         ),
     ],

@@ -19,8 +19,8 @@ from ..compat import all_gather_single
 from ..private import timeout_of
 
 declared: "weakref.WeakValueDictionary[int | str, Any]" = weakref.WeakValueDictionary()  # specs in use, by value
-_groups: dict[int | str, ProcessGroup | ValueError | None] = {}
-_groups_of_world: list[ProcessGroup] = []  # the world that _groups belongs to
+_groups: dict[int | str, Any] = {}  # a ProcessGroup, "world", None in a group of one, or the ValueError to raise
+_world_of_groups: "list[weakref.ref[ProcessGroup]]" = []  # weak: torch may abort at exit over a group that is left
 
 
 def make_groups(specs: Iterable[Any]) -> None:
@@ -47,9 +47,9 @@ def check_size(size: int, world_size: int) -> None:
 
 def group_made_of(value: int | str) -> ProcessGroup | None:
     """Return this rank's group of an int or "node", made before or now; None in a group of one."""
-    if not (_groups_of_world and _groups_of_world[0] is dist.group.WORLD and value in _groups):
+    if not (_world_of_groups and _world_of_groups[0]() is dist.group.WORLD and value in _groups):
         _make_groups()
-    group = _groups[value]
+    group: ProcessGroup | ValueError | None = dist.group.WORLD if _groups[value] == "world" else _groups[value]
     if isinstance(group, ValueError):
         raise group
     return group
@@ -60,9 +60,9 @@ def _make_groups() -> None:
     world = dist.group.WORLD
     assert world is not None
     everyone = _gather_json([list(declared), socket.gethostname()])
-    if not (_groups_of_world and _groups_of_world[0] is world):
+    if not (_world_of_groups and _world_of_groups[0]() is world):
         _groups.clear()
-        _groups_of_world[:] = [world]
+        _world_of_groups[:] = [weakref.ref(world, lambda _: _groups.clear())]
     hosts = [host for _, host in everyone]
     wanted = set().union(*(declared for declared, _ in everyone)) - _groups.keys()
     for value in sorted(wanted, key=lambda v: (isinstance(v, str), v)):
@@ -82,7 +82,7 @@ def _gather_json(mine: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in rows]
 
 
-def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueError | None:
+def _make_groups_of(value: int | str, hosts: list[str]) -> Any:
     world_size, rank = len(hosts), dist.get_rank()
     if isinstance(value, str):
         parts = [[r for r in range(world_size) if hosts[r] == host] for host in sorted(set(hosts))]
@@ -93,11 +93,11 @@ def _make_groups_of(value: int | str, hosts: list[str]) -> ProcessGroup | ValueE
             return error  # raised where a layer needs these groups
         parts = [list(range(start, start + value)) for start in range(0, world_size, value)]
     if len(parts) == 1:
-        return dist.group.WORLD
+        return "world"
     timeout = timeout_of(dist.group.WORLD)
     # every rank makes every group, in the same order
     groups = [dist.new_group(part, timeout=timeout) if len(part) > 1 else None for part in parts]
-    return next((group for group, part in zip(groups, parts, strict=True) if rank in part), None)  # type: ignore[return-value]
+    return next((group for group, part in zip(groups, parts, strict=True) if rank in part), None)
 
 
 # As torch.compiler.assume_constant_result: made while torch.compile traces, not in the graph.
