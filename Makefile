@@ -32,8 +32,12 @@ test-slow: $(READY)
 test-versions: $(READY)
 	$(BIN)/nox
 
-# Linux and root; it says first what else is missing, and installs nothing.
-test-nodes: $(READY)
+.venv/.ready-ray: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,ray]'
+	touch $@
+
+# Linux and root; it says first what else is missing, and installs nothing but Ray (0.5 GB).
+test-nodes: .venv/.ready-ray
 	$(BIN)/python -m pytest -m nodes $(LONGER)
 
 # Sets nothing up: a machine with a GPU may have no network. ARGS='--device cpu' runs what a CPU can.
