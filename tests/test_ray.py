@@ -110,7 +110,8 @@ def test_the_run_of_torchrun_on_the_loopback_and_once(types, whole):
     command.waits_for_a_checkpoint()
     workers, found = command.workers(), listening(command.started)
     assert len(workers) == 2
-    assert [pid for address, pid in found if address not in ("127.0.0.1", "::1")] == [workers[0]]  # torch's store
+    [of_store] = [pid for address, pid in found if address not in ("127.0.0.1", "::1")]
+    assert of_store in workers  # torch has it listen on all interfaces
     assert len(found) > 5
     assert command.ends() == 0, command.said()
     assert_same_run(command.run_dir, whole)
