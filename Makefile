@@ -29,15 +29,24 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow and not nodes"
 
-test-slow: $(READY)
+.venv/.ready-frameworks: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,frameworks]'
+	touch $@
+
+# It installs the packages that docs/frameworks.md is about (0.4 GB).
+test-slow: .venv/.ready-frameworks
 	$(BIN)/python -m pytest -m slow $(LONGER)
 
 # Other versions of torch and Python, each in an environment of its own: it needs these versions of Python, and some 30 GB.
 test-versions: $(READY)
 	$(BIN)/nox
 
-# Linux and root; it says first what else is missing, and installs nothing.
-test-nodes: $(READY)
+.venv/.ready-ray: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,ray]'
+	touch $@
+
+# Linux and root; it says first what else is missing, and installs nothing but Ray (0.5 GB).
+test-nodes: .venv/.ready-ray
 	$(BIN)/python -m pytest -m nodes $(LONGER)
 
 # Sets nothing up: a machine with a GPU may have no network. ARGS='--device cpu' runs what a CPU can.

@@ -26,11 +26,12 @@ OF_OLD_TORCH = {
     "DDP has no forward_sync_buffers before torch 2.13",
     "torch 2.6 has no fully_shard for the CPU",
 }
-# No Python packages: they come with the operating system, or do not.
+# What an environment of `make test` may lack: Ray, and what comes with the operating system.
 ANYWHERE = {
     "chromium is not installed",
     "network namespaces cannot be made",
     "no C++ compiler is installed",
+    "ray is not installed",
     "SLURM is not installed",
 }
 # Packages of docs/frameworks.md, which no environment here needs to have.
