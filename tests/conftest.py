@@ -34,8 +34,8 @@ ANYWHERE = {
     "ray is not installed",
     "SLURM is not installed",
 }
-# Packages of docs/frameworks.md, which no environment here needs to have.
-FRAMEWORKS: set[str] = set()
+# Packages of docs/frameworks.md: `make test-slow` installs them.
+FRAMEWORKS = {"accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine"}
 ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS}
 MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()

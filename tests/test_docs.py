@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FRAMEWORKS = ROOT / "docs" / "frameworks.md"  # the only page whose blocks may need packages that are not installed
 API = sorted((ROOT / "docs" / "api").glob("*.md"))
-SETTINGS = {"train": "train", "compare": "compare", "bench": "bench"}  # program in launch/: its file in conf/
+SETTINGS = {"train": "train", "ray_train": "train", "compare": "compare", "bench": "bench"}  # program in launch/: its file in conf/
 
 
 def name(value):
@@ -38,6 +38,11 @@ def name(value):
 BLOCKS = [block for page in PAGES for block in find_examples(page)]
 NOTEBOOKS = sorted({block.path for block in BLOCKS if "title" not in block.prefix_settings()})
 PROGRAMS = [(block.path, title) for block in BLOCKS if (title := block.prefix_settings().get("title"))]
+
+
+def slow_frameworks(values):
+    """Leave to `make test-slow`, which installs it, what the page about frameworks needs."""
+    return [pytest.param(*v, marks=[pytest.mark.slow] if FRAMEWORKS in v else []) for v in values]
 
 
 def write_programs(page, folder):
@@ -70,9 +75,15 @@ def run_block(eval_example, block, namespace):
     raise AssertionError(text)
 
 
-@pytest.mark.parametrize("page", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("page", slow_frameworks([(page,) for page in NOTEBOOKS]), ids=name)
 def test_the_blocks_of_a_page_run_in_order(page, eval_example, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    for variable, value in {
+        "YOLO_CONFIG_DIR": str(tmp_path),
+        "YOLO_OFFLINE": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+    }.items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # each block becomes it
     torch.manual_seed(0)
     write_programs(page, tmp_path)
@@ -88,7 +99,7 @@ def test_the_blocks_of_a_page_run_in_order(page, eval_example, monkeypatch, tmp_
         pytest.skip(f"{lacking[0]} is not installed")
 
 
-@pytest.mark.parametrize(("page", "title"), PROGRAMS, ids=name)
+@pytest.mark.parametrize(("page", "title"), slow_frameworks(PROGRAMS), ids=name)
 def test_programs_run_on_two_ranks(page, title, tmp_path):
     write_programs(page, tmp_path)
     if page == FRAMEWORKS and (lacks := missing((tmp_path / title).read_text())):
@@ -123,7 +134,8 @@ def commands():
 
 def variants(arguments):
     """Yield the overrides of each run: several for a sweep (-m)."""
-    overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+    given = re.sub(r"--num-workers \d+|(?<!\S)-\S+", "", shlex.join(arguments))
+    overrides = OverridesParser.create().parse_overrides(shlex.split(given))
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
