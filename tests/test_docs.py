@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FRAMEWORKS = ROOT / "docs" / "frameworks.md"  # the only page whose blocks may need packages that are not installed
 API = sorted((ROOT / "docs" / "api").glob("*.md"))
-SETTINGS = {"train": "train", "ray_train": "train", "compare": "compare", "bench": "bench"}  # program in launch/: its file in conf/
+# The settings of a program in launch/ stand in a file of conf/.
+SETTINGS = {"train": "train", "ray_train": "train", "compare": "compare", "bench": "bench"}
 
 
 def name(value):
