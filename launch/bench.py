@@ -8,8 +8,6 @@
 Tables appear here and, with all numbers and a plot, in `output_dir`: bench.md, bench.json, bench.svg, bench.png.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 from datetime import datetime

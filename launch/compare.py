@@ -9,8 +9,6 @@
 Stopped at any moment, the same command goes on where it was. Results, report and logs lie in `output_dir`.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Sequence

@@ -13,8 +13,6 @@ expected on a GPU, not yet measured. The exit code is 0 if nothing failed, 1 if 
 The memory checker sees where a tensor ends only with PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import signal

@@ -8,8 +8,6 @@ Settings, results and run directory are those of launch/train.py under torchrun:
 This is no folder `launch/ray`: to Python that would be a package `ray`, where the real one is not installed.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -14,8 +14,6 @@ Each run writes one folder, a new one in `outputs` or `run_dir`: config, version
 results.
 """
 
-from __future__ import annotations
-
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path

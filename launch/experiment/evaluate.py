@@ -6,8 +6,6 @@
 - batch: those of each test batch, as large as in training (test images that do not fill the last one are left out).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ All are for training, with ``weight`` and ``bias`` and inputs that are not empty
 class of an ``nn.BatchNorm*d`` and so keep its parameters and buffers.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

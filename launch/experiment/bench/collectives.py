@@ -1,7 +1,5 @@
 """Collectives: how many a training step makes and how much goes through them, and what one costs here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

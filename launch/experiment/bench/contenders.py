@@ -1,7 +1,5 @@
 """The implementations that are measured: how each converts a model with nn.BatchNorm, and its kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple

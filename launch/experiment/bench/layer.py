@@ -1,7 +1,5 @@
 """Time one layer, forward and backward, without the exchange: in a group whose collectives return at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

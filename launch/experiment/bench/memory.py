@@ -1,7 +1,5 @@
 """Memory: what one layer keeps for its backward pass, and what a training step takes at most."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """The figure: each contender's time over that of the reference, of a layer and of a training step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

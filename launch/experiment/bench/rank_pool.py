@@ -4,8 +4,6 @@ The processes come from a server that has done nothing but imports: they start i
 their own (that of a process started the ordinary way begins at its parent's). They find each other through a file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import itertools

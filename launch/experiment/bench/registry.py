@@ -1,7 +1,5 @@
 """The parts of a benchmark: for each, the function that measures and the one that makes its tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

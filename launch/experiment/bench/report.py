@@ -1,7 +1,5 @@
 """The report of a benchmark: `bench.json`, `bench.md`, and the plot as `bench.svg` and `bench.png`."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Run a function on new rank processes, or in a group that exchanges nothing, and return its results."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

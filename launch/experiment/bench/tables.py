@@ -1,7 +1,5 @@
 """Tables as text: in the terminal and in Markdown, from the same cells."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ within a round before the median is taken over rounds. What ran before leaves it
 allocator (the same code behind two different others was seen 15 % apart), so each round has an order of its own.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import random

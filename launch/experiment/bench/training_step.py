@@ -4,8 +4,6 @@ Each rank has a model of its own per contender: gradients are not averaged, so t
 and not of DistributedDataParallel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

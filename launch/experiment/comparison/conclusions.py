@@ -1,7 +1,5 @@
 """Sentences on what the numbers of a comparison show, and what they do not."""
 
-from __future__ import annotations
-
 from experiment.comparison.formatting import count, limits, p_text, percent
 from experiment.comparison.results_table import REFERENCE, Difference, ResultsTable
 from experiment.comparison.statistics import SIGNIFICANCE, Interval

@@ -1,7 +1,5 @@
 """The curves of the figures: one line per arm, of test error or training loss."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The results as CSV: one line per cell, and a summary of each point over its seeds."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Format numbers for tables and sentences."""
 
-from __future__ import annotations
-
 from experiment.comparison.statistics import Interval
 
 MINUS = "\N{MINUS SIGN}"

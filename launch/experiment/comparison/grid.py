@@ -1,7 +1,5 @@
 """The cells of a comparison: arms x batch sizes x world sizes x group sizes x seeds, checked before any runs."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Save figures as PNG, SVG and SVG within a page; equal figures give equal bytes."""
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

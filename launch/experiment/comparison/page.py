@@ -1,7 +1,5 @@
 """The report as one self-contained HTML page, with its plots and tables as files beside it."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Draw the figures: test error against the per-rank batch size, and training curves."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence

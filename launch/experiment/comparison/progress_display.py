@@ -1,7 +1,5 @@
 """Show the progress of a comparison: finished and running cells, and the remaining time."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """The rows of a results file, looked up by arm, ranks, batch and seed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -48,7 +46,7 @@ class ResultsTable:
     _seeds: dict[tuple[str, int, int], dict[Any, Row]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> ResultsTable:
+    def of(cls, rows: Iterable[Row]) -> "ResultsTable":
         """Sort the rows."""
         cells = sorted({str(row.get("cell")): row for row in rows}.values(), key=_order)
         results = cls([r for r in cells if r["status"] == "done"], [r for r in cells if r["status"] != "done"])

@@ -1,7 +1,5 @@
 """Run the cells, each in a process (or torchrun) of its own, as many at once as the cores allow."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -40,7 +38,7 @@ class Share:
     num_gpus: int = 0
 
     @classmethod
-    def of_machine(cls, num_processes: int, jobs: int | None = None, device: str = "cpu") -> Share:
+    def of_machine(cls, num_processes: int, jobs: int | None = None, device: str = "cpu") -> "Share":
         """Use every core (or GPU) once.
 
         Args:

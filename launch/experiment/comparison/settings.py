@@ -1,7 +1,5 @@
 """The settings of the runs as the page lists them, and its warnings about them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any

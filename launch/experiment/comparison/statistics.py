@@ -1,7 +1,5 @@
 """Statistics over seeds: means with confidence intervals, paired tests, and their correction for multiplicity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Lines are only ever appended, each in one write that reaches the disk, so a run 
 cell it was writing. JSON only: nothing in it is ever executed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -86,7 +84,7 @@ class Results:
         if "cell" in row:
             self.rows[row["cell"]] = row
 
-    def __enter__(self) -> Results:
+    def __enter__(self) -> "Results":
         """Hold the lock."""
         return self
 

@@ -1,7 +1,5 @@
 """The side of a run that a comparison started: report its progress, and end when the comparison ends."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

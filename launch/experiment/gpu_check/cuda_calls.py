@@ -1,7 +1,5 @@
 """The calls of torch.cuda that several parts make, and what counts operators where there is no GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Part `cuda_graph`: a training step captured in a CUDA graph and replayed, against the same step run eagerly."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager

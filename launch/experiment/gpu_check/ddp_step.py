@@ -1,7 +1,5 @@
 """A training step of a small net on two ranks under DistributedDataParallel, against one process in float64."""
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from datetime import timedelta

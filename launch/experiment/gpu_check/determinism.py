@@ -1,7 +1,5 @@
 """Part `determinism`: the same bits in every run, and from two CUDA streams at once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

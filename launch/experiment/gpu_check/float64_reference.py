@@ -3,8 +3,6 @@
 Ioffe & Szegedy 2015, algorithm 1 and the gradients below it. Inputs are seen as ``(C, n)``. All is on the CPU.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@ Twice on a GPU: torch's own mode that refuses operators which wait, which does n
 a GPU kept busy, behind which the host must come back at once. On a CPU the operators that read values are counted.
 """
 
-from __future__ import annotations
-
 import time
 import traceback
 import warnings

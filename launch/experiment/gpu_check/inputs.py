@@ -1,7 +1,5 @@
 """Layers, inputs and comparisons that the parts share."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

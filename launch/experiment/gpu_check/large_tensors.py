@@ -3,8 +3,6 @@
 Sums are compared with those of float64, taken piece by piece; outputs at the ends of a channel and in its middle.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Part `launches`: the kernels and copies of one layer, forward and backward, beside torch's layers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 

@@ -9,8 +9,6 @@ A step passes 8 times over a map: forward reads x twice and writes y, backward r
 memory allows is therefore the time of 4 copies, of 2 passes each: "copy".
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Part `machine`: what the machine is, how fast it copies, and what a launch costs the host."""
 
-from __future__ import annotations
-
 import os
 import platform
 import statistics

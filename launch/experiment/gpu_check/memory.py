@@ -1,7 +1,5 @@
 """Part `memory`: what one layer keeps for its backward pass, and what it allocates at most."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """Part `nccl_one`: the layer over a group of one that exchanges all the same, against nn.BatchNorm2d in float64."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

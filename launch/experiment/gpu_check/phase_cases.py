@@ -1,7 +1,5 @@
 """The inputs on which the phases of a training step are compared."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """How far the phases of one back end are from float64, on one input."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ report says which phase is wrong and by how much, and the failed self-check is a
 is run for each kind of input, as in the library.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 from unittest import mock

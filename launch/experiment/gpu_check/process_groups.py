@@ -1,7 +1,5 @@
 """Process groups for one process on one device: one whose collectives return at once, and one of a single rank."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

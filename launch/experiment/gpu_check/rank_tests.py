@@ -3,8 +3,6 @@
 On one GPU the ranks talk over gloo, which reduces CUDA tensors through the host; NCCL refuses to share a GPU.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

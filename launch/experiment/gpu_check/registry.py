@@ -1,7 +1,5 @@
 """The parts of the check, in the order they run: what each needs, and how long it may take."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 _HERE = "experiment.gpu_check"

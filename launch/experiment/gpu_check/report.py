@@ -1,7 +1,5 @@
 """The report of a check: a plain table, JSON and Markdown."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """What a part needs of the machine, and what to say where it is missing."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 

@@ -1,7 +1,5 @@
 """A ResNet-50 (He et al. 2016, table 1; stride in the 3×3 convolution), since torchvision may not be installed."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

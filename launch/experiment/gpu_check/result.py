@@ -1,7 +1,5 @@
 """What a part of the check finds out, in values that JSON can hold."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Run each part in a process of its own, within its time: a crash, a hang or a full memory costs one part."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

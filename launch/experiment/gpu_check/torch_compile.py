@@ -3,8 +3,6 @@
 torch 2.11 can compile gradients to zeros without a word, so each is asserted not to be zero.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ All models live in one process under a fake group of 8, and step in turn within 
 Gradients are not averaged, as DistributedDataParallel would.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

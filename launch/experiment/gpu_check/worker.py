@@ -5,8 +5,6 @@
 `runner` starts it. Whatever ends this process before the record is written costs this part alone.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

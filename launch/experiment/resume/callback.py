@@ -5,8 +5,6 @@ states, the metrics of an unfinished epoch) is added to it. Lightning's own call
 step are written; these checkpoints are made after them, so that no row is lost or written twice.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from dataclasses import replace

@@ -4,8 +4,6 @@
 the next one is written and after a power failure. Both load with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The metrics of a run as `metrics.csv`, which a resumed run continues."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

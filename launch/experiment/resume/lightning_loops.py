@@ -1,7 +1,5 @@
 """Training progress as the counters of Lightning's loops, which its checkpoints hold."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning as L

@@ -1,7 +1,5 @@
 """Training progress in epochs and optimizer steps, and the same progress with other batch sizes or ranks."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Progress:
+    def from_dict(cls, values: dict[str, Any]) -> "Progress":
         """Read what `as_dict` gave."""
         return cls(**{**values, "plan": BatchPlan(**values["plan"])})
 
@@ -54,7 +52,7 @@ class Progress:
         """Count the batches of this epoch that a rank has had; joined batches hold all of a step."""
         return self.step_of_epoch * (1 if self.simulate else self.plan.accumulate)
 
-    def resume_from(self, saved: Progress) -> tuple[Progress, list[str]]:
+    def resume_from(self, saved: "Progress") -> tuple["Progress", list[str]]:
         """Find the progress in this run that corresponds to `saved`, of another run or an earlier start.
 
         With an equal global batch it is the same step, since step s reads the same images on any number of ranks. With
@@ -96,7 +94,7 @@ class Progress:
             self, epoch=saved.epoch, step_of_epoch=of_epoch, step=saved.epoch * self.steps_per_epoch + of_epoch
         ), notes
 
-    def _changes(self, saved: Progress) -> list[str]:
+    def _changes(self, saved: "Progress") -> list[str]:
         """Describe what differs."""
         pairs = {
             "seed": (saved.seed, self.seed),
@@ -116,7 +114,7 @@ class Progress:
             notes.append("running statistics from rank 0, random streams anew")
         return notes
 
-    def has_ranks_of(self, saved: Progress) -> bool:
+    def has_ranks_of(self, saved: "Progress") -> bool:
         """Whether every rank of `saved` has a counterpart here to which its own state can be restored."""
         return (self.num_processes, self.plan.world_size) == (saved.num_processes, saved.plan.world_size)
 

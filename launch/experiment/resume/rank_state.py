@@ -1,7 +1,5 @@
 """The state that each rank has of its own in training, gathered into one checkpoint and restored from it."""
 
-from __future__ import annotations
-
 import io
 import random
 from typing import Any

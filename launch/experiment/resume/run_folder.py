@@ -1,7 +1,5 @@
 """The run directory: whether its run is finished, whether its settings are these, and which checkpoint to resume."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

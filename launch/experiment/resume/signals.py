@@ -1,7 +1,5 @@
 """Record requests to stop training after the current step: SIGINT, SIGTERM, or the end of torchrun."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Check on the first batch that simulating several ranks in one process is exact for this model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ That is exact if every normalization sees the batch in dimension 0, in the order
 and nothing else joins images or is random per rank. `exactness.check_exact` finds out on the first batch.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, TypeGuard
 

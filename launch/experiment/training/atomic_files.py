@@ -1,7 +1,5 @@
 """Files that are written completely or not at all, also when the process is killed or the power fails."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The base class of the data modules: batches of a data set's splits, one part per rank, normalized on the device."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any

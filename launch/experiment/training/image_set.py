@@ -1,7 +1,5 @@
 """Sets of images that are read batch by batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

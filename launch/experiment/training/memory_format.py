@@ -1,7 +1,5 @@
 """The memory format of a model: channels last, except where the CPU's convolutions are wrong in it."""
 
-from __future__ import annotations
-
 import os
 import platform
 

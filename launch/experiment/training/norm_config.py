@@ -1,7 +1,5 @@
 """The norm of a run, from one file of conf/norm: what the model's BatchNorm layers are converted to."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The record of one run in its directory: configuration, versions and results."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import itertools

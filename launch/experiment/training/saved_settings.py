@@ -1,7 +1,5 @@
 """Settings as they were saved with earlier results, in the form in which they are compared with those of now."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

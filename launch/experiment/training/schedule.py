@@ -1,7 +1,5 @@
 """The learning rate schedule: scaled with the batch size, linear warm-up, then cosine."""
 
-from __future__ import annotations
-
 import math
 
 LR_RULES = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}  # the power of global_batch_size / reference

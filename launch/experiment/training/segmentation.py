@@ -1,7 +1,5 @@
 """The task of semantic segmentation: predict the class of every pixel."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """How a batch is shared over the ranks: the sizes of one optimizer step, and which images each rank reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

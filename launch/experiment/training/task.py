@@ -1,7 +1,5 @@
 """The base class of the tasks, with learning rate schedule and metrics over all ranks, and image classification."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
 

@@ -1,7 +1,5 @@
 """The processes of a run, as torchrun or SLURM describes them in the environment."""
 
-from __future__ import annotations
-
 import os
 import socket
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ class World:
     simulate: int | None = None  # number of ranks that this one process simulates
 
     @classmethod
-    def from_env(cls, simulate: int | None = None) -> World:
+    def from_env(cls, simulate: int | None = None) -> "World":
         """Read torchrun's variables, else those of several tasks of srun; without them this is the only process.
 
         Args:

@@ -5,8 +5,6 @@
 collectives, Thakur et al. 2005). Pure functions of numbers: nothing here measures or communicates. Seconds and bytes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 `model` is fitted to what was measured without added delay, on each network by itself, and then predicts all points.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ own network, and everything is gone when the ``with`` ends, by an error too; wha
 the next one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import itertools
@@ -49,7 +47,7 @@ class Network:
         """Name the namespace of a host, or of the ``"switch"``."""
         return f"syncbn-{os.getpid()}-{self._number}-{host}"
 
-    def __enter__(self) -> Network:
+    def __enter__(self) -> "Network":
         """Make the network."""
         _check_available()
         _remove_left_over()

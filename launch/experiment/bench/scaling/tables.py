@@ -1,7 +1,5 @@
 """The tables of a scaling measurement: fitted parameters, points beside their predictions, predictions for GPUs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One rank of a scaling measurement: time collectives, layers and steps, and record the exchanges of each."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

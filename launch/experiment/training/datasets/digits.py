@@ -1,7 +1,5 @@
 """Images made from what scikit-learn carries: its digits, plain or laid over its two photos; made once and cached."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path

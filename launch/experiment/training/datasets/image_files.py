@@ -1,7 +1,5 @@
 """A folder of image files: found by name, decoded one at a time, within limits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

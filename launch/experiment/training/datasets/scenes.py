@@ -1,7 +1,5 @@
 """Scenes to segment: one to three of scikit-learn's digits on one of its photos, with the class of every pixel."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image

@@ -1,7 +1,5 @@
 """The data modules, one per data set."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

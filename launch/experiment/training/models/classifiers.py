@@ -1,7 +1,5 @@
 """Classifiers: a small ResNet, and any torchvision or timm classifier by name, without pretrained weights."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from typing import Any
