@@ -105,7 +105,7 @@ def test_private_names_stand_in_one_file():
 def test_everything_works_without_private_names(tmp_path):
     """On two ranks, with `without_private_names.py`."""
     program, environment = Path(__file__).with_name("without_private_names.py"), os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(program.parent)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "launch"), str(program.parent)])
     ranks = [
         subprocess.Popen(
             [sys.executable, str(program), str(rank), str(tmp_path / "store")],

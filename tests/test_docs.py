@@ -41,9 +41,8 @@ NOTEBOOKS = sorted({block.path for block in BLOCKS if "title" not in block.prefi
 PROGRAMS = [(block.path, title) for block in BLOCKS if (title := block.prefix_settings().get("title"))]
 
 
-def slow_frameworks(values):
-    """Leave to `make test-slow`, which installs it, what the page about frameworks needs."""
-    return [pytest.param(*v, marks=[pytest.mark.slow] if FRAMEWORKS in v else []) for v in values]
+def slow(values, is_slow):
+    return [pytest.param(*v, marks=[pytest.mark.slow] if is_slow(v[0]) else []) for v in values]
 
 
 def write_programs(page, folder):
@@ -76,7 +75,7 @@ def run_block(eval_example, block, namespace):
     raise AssertionError(text)
 
 
-@pytest.mark.parametrize("page", slow_frameworks([(page,) for page in NOTEBOOKS]), ids=name)
+@pytest.mark.parametrize("page", slow([(page,) for page in NOTEBOOKS], FRAMEWORKS.__eq__), ids=name)
 def test_the_blocks_of_a_page_run_in_order(page, eval_example, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for variable, value in {
@@ -100,7 +99,7 @@ def test_the_blocks_of_a_page_run_in_order(page, eval_example, monkeypatch, tmp_
         pytest.skip(f"{lacking[0]} is not installed")
 
 
-@pytest.mark.parametrize(("page", "title"), slow_frameworks(PROGRAMS), ids=name)
+@pytest.mark.parametrize(("page", "title"), slow(PROGRAMS, (ROOT / "README.md").__ne__), ids=name)
 def test_programs_run_on_two_ranks(page, title, tmp_path):
     write_programs(page, tmp_path)
     if page == FRAMEWORKS and (lacks := missing((tmp_path / title).read_text())):

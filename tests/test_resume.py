@@ -286,7 +286,7 @@ def test_a_damaged_file_of_a_run_is_named_and_can_be_removed(here, whole, name, 
 
 
 def test_two_runs_in_one_folder(here, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(run_folder, "PATIENCE", 1)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 1)
     config = composed("run_dir=run")
     with run_folder.claim(config, 0):
         with pytest.raises(RuntimeError, match="run is in use by a run that has not ended"):

@@ -151,7 +151,7 @@ def test_everything_is_measured_and_delayed(hosts):
 
 HOLD = f"""
 import sys, time
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = {[str(ROOT), str(ROOT / "launch")]!r}
 from experiment.bench.scaling.network import Network
 with Network(2, [0.001]):
     print("there", flush=True)

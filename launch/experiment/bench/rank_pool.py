@@ -9,7 +9,6 @@ import faulthandler
 import itertools
 import multiprocessing
 import os
-import pickle
 import signal
 import time
 import traceback
@@ -37,10 +36,6 @@ class RankError(RuntimeError):
     def __init__(self, message: str, errors: dict[int, tuple[str, str]]) -> None:
         super().__init__(message)
         self.errors = errors
-
-
-class NoGroupError(RankError):
-    """The ranks could not make a process group."""
 
 
 class Job(NamedTuple):
@@ -91,7 +86,7 @@ class RankPool:
         connections = [connection for _, connection in self._workers[:world_size]]
         store = str(self._folder / f"store{next(self._calls)}")
         for rank, connection in enumerate(connections):
-            connection.send_bytes(pickle.dumps(Job(function, args, rank, world_size, store, initialize, timeout)))
+            connection.send(Job(function, args, rank, world_size, store, initialize, timeout))
         answers = _collect(connections, timeout)
         missing = sorted(set(range(world_size)) - answers.keys())
         stacks = {rank: self._stack(rank) for rank in missing}
@@ -105,8 +100,7 @@ class RankPool:
             if missing:
                 texts.append(f"expected an answer of ranks {missing} within {timeout:g} s; set timeout higher")
             texts += [f"rank {rank} of {world_size} is at\n{stack}" for rank, stack in stacks.items()]
-            error = NoGroupError if "no group" in kinds else RankError
-            raise error("\n".join(texts), {rank: value[:2] for rank, value in failed.items()})
+            raise RankError("\n".join(texts), {rank: value[:2] for rank, value in failed.items()})
         return [answers[rank][1] for rank in range(world_size)]
 
     def close(self) -> None:
@@ -145,7 +139,7 @@ def _collect(connections: Sequence[Connection], timeout: float) -> dict[int, Ans
         for connection in ready:
             assert isinstance(connection, Connection)
             try:
-                answer = pickle.loads(connection.recv_bytes())
+                answer = connection.recv()
             except EOFError:
                 answer = "ended", ("EOFError", "", "the process ended\n")
             answers[waiting.pop(connection)] = answer
@@ -164,7 +158,7 @@ def _serve(connection: Connection, folder: Path, device: str, num_threads: int, 
         prepare(device)
     with contextlib.suppress(EOFError):
         while True:
-            connection.send_bytes(pickle.dumps(_call(pickle.loads(connection.recv_bytes()), device)))
+            connection.send(_call(connection.recv(), device))
 
 
 def _call(job: Job, device: str) -> Answer:
