@@ -1,4 +1,4 @@
-"""Measure the layer, a training step, collectives, memory and growth, with peers beside us in the same run.
+"""Measure the layer, a training step, collectives, memory and growth, next to other implementations in the same run.
 
     python launch/bench.py                                                   # about six minutes on two cores
     python launch/bench.py 'parts=[layer]' 'layer.shapes=[[4,64,56,56]]'
@@ -24,7 +24,7 @@ from experiment.bench import registry, report
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="bench")
 def main(config: DictConfig) -> None:
-    """Measure part by part; each is shown and written as soon as it is there."""
+    """Measure part by part; each is shown and written as soon as it is finished."""
     registry.check(config)
     torch.set_num_threads(config.threads)
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -22,11 +22,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from experiment.comparison import page, table
+from experiment.comparison import page, terminal_table
 from experiment.comparison.grid import Cell, base_config, make_cells, shared_overrides
 from experiment.comparison.progress_display import watch
+from experiment.comparison.results_file import Results
 from experiment.comparison.runner import Share, run_cells
-from experiment.comparison.store import Results
 from experiment.training import report
 from experiment.training.known_warnings import ignore_known_warnings
 
@@ -71,7 +71,7 @@ def finish(results: Results, cells: Sequence[Cell], folder: Path, console: Conso
     command = shlex.join(["python", "launch/compare.py", *arguments])
     title = "Normalization at small per-rank batches"
     path = page.write_report(rows, folder, title=title, command=command, missing=len(cells) - len(rows))
-    table.print_table(rows, console)
+    terminal_table.print_table(rows, console)
     console.print(f"report: {path}", markup=False, soft_wrap=True)
     return sum(row["status"] == "failed" for row in rows)
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import runpy
+import signal
 import sys
 import time
 from itertools import product
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from experiment.bench import collectives, layer, memory, registry, spawn, tables, timing, training_step
+from experiment.bench import collectives, layer, memory, rank_pool, registry, spawn, tables, timing, training_step
 from experiment.bench.contenders import CONTENDERS
 from syncbn import use_kernels
 from syncbn.ops import backends, cpu, reference
@@ -155,8 +156,23 @@ def fail_on_rank_1():
     dist.barrier()
 
 
+def fail_on_rank_1_alone():
+    if dist.get_rank() == 1:
+        raise ValueError("here it is")
+    time.sleep(60)
+
+
 def sleep():
     time.sleep(60)
+
+
+def both(*args):
+    return args
+
+
+def late(rank, world_size, seconds):
+    time.sleep(seconds)
+    return "late"
 
 
 def children():
@@ -171,7 +187,30 @@ def test_ranks_answer_or_say_why_and_are_gone():
         spawn.run(fail_on_rank_1, 2, spawn.Setting(30))
     with pytest.raises(RuntimeError, match=r"answer of ranks \[0\] within 0.5 s; set timeout higher"):
         spawn.run(sleep, 1, spawn.Setting(0.5))
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 of 2 failed.*here it is.*ranks \[0\] were still running 5 s"):
+        spawn.run(fail_on_rank_1_alone, 2, spawn.Setting(30))
+    with pytest.raises(RuntimeError, match=r"(?s)answer of ranks \[0\] within 0.001 s.*rank 0 of 1 is at\nits start"):
+        spawn.run(sleep, 1, spawn.Setting(0.001))
     assert children() == before
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_call_leaves_no_answer_behind(tmp_path):
+    pool = rank_pool.RankPool(tmp_path, "cpu", 1, ["torch"])
+    options = {"timeout": 30, "initialize": False}
+    try:
+        assert pool.run(both, 2, "first", **options) == [(0, 2, "first"), (1, 2, "first")]
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(late, 2, 1.5, **options)
+        assert pool.run(both, 2, "second", **options) == [(0, 2, "second"), (1, 2, "second")]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        pool.close()
 
 
 def test_rows_of_the_layer():

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from experiment.comparison.grid import AXES, GROUPS, OTHERS, base_config, make_cells, quoted, shared_overrides
-from experiment.comparison.store import Results
+from experiment.comparison.results_file import Results
 from syncbn.lightning import NormConverter
 
 CONF = Path(__file__).parents[1] / "conf"

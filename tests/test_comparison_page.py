@@ -17,7 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 from test_comparison_statistics import cell, cells
 
-from experiment.comparison import images, plots
+from experiment.comparison import figure_files, plots
 from experiment.comparison.page import write_report
 
 NASTY = """$\\alpha$ <b>x</b> <script>alert(1)</script> "quoted' & {{ 7 * 7 }} """ + "long" * 40
@@ -217,7 +217,7 @@ def test_labels_are_spread(wanted):
 def test_ids_inside_texts_stay_as_they_are():
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><g id="a"/><path clip-path="url(#a)"/>'
     svg += b'<text>id="a" url(#a)</text></svg>'
-    inline = images.to_inline_svg(svg, "p", "<title>")
+    inline = figure_files.to_inline_svg(svg, "p", "<title>")
     assert 'id="p-a"' in inline
     assert 'clip-path="url(#p-a)"' in inline
     assert '>id="a" url(#a)<' in inline

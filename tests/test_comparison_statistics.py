@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiment.comparison import conclusions, export, settings, statistics, table
+from experiment.comparison import conclusions, export, settings, statistics, terminal_table
 from experiment.comparison.results_table import ResultsTable
 
 T = {2: 12.7062, 3: 4.30265, 5: 2.77645}  # Student's t at 97.5 % for n - 1 degrees of freedom, from tables
@@ -209,7 +209,7 @@ def test_csv_reads_back():
 def test_the_terminal_table():
     def printed(rows):
         console = Console(width=100, file=io.StringIO())
-        table.print_table(rows, console)
+        terminal_table.print_table(rows, console)
         return console.file.getvalue()
 
     shown = printed(cells({("bn", 1): SMALL, ("syncbn", 1): FLAT, ("[b]x", 1): [0.1]}))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from experiment.comparison.store import Results
+from experiment.comparison.results_file import Results
 
 GRID = {"data": {"num_train": 64, "mean": [0.5, 1e-3]}, "model": {"width": 8}, "engine": "simulate", "node_size": None}
 HERE = {"torch": "2.14", "python": "3.11.7", "device": "cpu"}

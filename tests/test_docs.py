@@ -179,7 +179,8 @@ def slug(heading):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_within_the_repository_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)", re.sub(r"`[^`]*`", "", page.read_text())):
+    text = re.sub(r"`[^`]*`", "", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'src="([^"]+)"', text):
         if re.match(r"\w+:", target):
             continue
         path, _, anchor = target.partition("#")

@@ -1,6 +1,7 @@
 """What is published: the library alone, which works beside torch alone."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -68,6 +69,17 @@ def test_the_wheel_is_the_library_and_nothing_else(built):
     assert [line for line in metadata if line.startswith("Requires-Dist") and "extra ==" not in line] == [
         "Requires-Dist: torch>=2.6"
     ]
+
+
+def test_the_metadata_agrees_with_the_rest_of_the_repository(built):
+    [path] = built.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        metadata = wheel.read(f"{NAME}.dist-info/METADATA").decode()
+    assert f"version: {syncbn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    versions = set(re.findall(r"^Classifier: .*Python :: (3\.\d+)$", metadata, re.MULTILINE))
+    others = re.findall(r'\("(3\.\d+)", "torchvision', (ROOT / "noxfile.py").read_text())
+    assert versions == {*others, "3.11"}  # 3.11: make test
+    assert all(f"Project-URL: {name}" in metadata for name in ("Repository", "Documentation", "Issues", "Changelog"))
 
 
 def test_the_sdist_is_the_library_and_nothing_else(built):

@@ -49,9 +49,9 @@ def _label(name: str) -> str:
 def _draw_layer(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
     for form, (marker, color) in MARKERS.items():
         mine = [row for row in rows if row["format"] == form]
-        places = [names.index(row["contender"]) + (0.12 if form == "channels_last" else -0.12) for row in mine]
+        heights = [names.index(row["contender"]) + (0.12 if form == "channels_last" else -0.12) for row in mine]
         values = [row["ratios"]["plain"].median for row in mine]
-        axes.plot(values, places, marker, color=color, alpha=0.7, label=form)
+        axes.plot(values, heights, marker, color=color, alpha=0.7, label=form)
     for height, name in enumerate(names):
         mean = geometric_mean([row["ratios"]["plain"].median for row in rows if row["contender"] == name])
         axes.plot([mean, mean], [height - 0.35, height + 0.35], color=INK, linewidth=2)

@@ -85,11 +85,15 @@ class RankPool:
             self._workers.append(self._start())
         connections = [connection for _, connection in self._workers[:world_size]]
         store = str(self._folder / f"store{next(self._calls)}")
-        for rank, connection in enumerate(connections):
-            connection.send(Job(function, args, rank, world_size, store, initialize, timeout))
-        answers = _collect(connections, timeout)
-        missing = sorted(set(range(world_size)) - answers.keys())
-        stacks = {rank: self._stack(rank) for rank in missing}
+        try:
+            for rank, connection in enumerate(connections):
+                connection.send(Job(function, args, rank, world_size, store, initialize, timeout))
+            answers = _collect(connections, timeout)
+            missing = sorted(set(range(world_size)) - answers.keys())
+            stacks = {rank: self._stack(rank) for rank in missing}
+        except BaseException:  # such as an interrupt: a later call must not get the answers of this one
+            self.close()
+            raise
         # torch counts the groups of a process, also those that failed, and lets only equal counts find each other
         kinds = {kind for kind, _ in answers.values()}
         if missing or kinds & {"ended", "no group"}:
@@ -97,7 +101,9 @@ class RankPool:
         failed = {rank: value for rank, (kind, value) in answers.items() if kind != "result"}
         if failed or missing:
             texts = [f"rank {rank} of {world_size} failed:\n{text}" for rank, (_, _, text) in failed.items()]
-            if missing:
+            if failed and missing:
+                texts.append(f"ranks {missing} were still running {GRACE} s later")
+            elif missing:
                 texts.append(f"expected an answer of ranks {missing} within {timeout:g} s; set timeout higher")
             texts += [f"rank {rank} of {world_size} is at\n{stack}" for rank, stack in stacks.items()]
             raise RankError("\n".join(texts), {rank: value[:2] for rank, value in failed.items()})
@@ -122,6 +128,8 @@ class RankPool:
         """Return the Python stacks of a process that gave no answer."""
         process = self._workers[rank][0]
         path = self._folder / f"stacks{process.pid}"
+        if not path.with_suffix(".ready").exists():
+            return "its start"
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid or 0, signal.SIGUSR1)
         deadline = time.monotonic() + GRACE
@@ -152,6 +160,7 @@ def _serve(connection: Connection, folder: Path, device: str, num_threads: int, 
     """Answer calls until the connection closes."""
     stacks = open(folder / f"stacks{os.getpid()}", "w")  # noqa: SIM115  # as long as the process
     faulthandler.register(signal.SIGUSR1, stacks)
+    (folder / f"stacks{os.getpid()}.ready").touch()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     torch.set_num_threads(num_threads)
     if prepare is not None:

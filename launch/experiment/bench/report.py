@@ -10,6 +10,7 @@ import torch
 
 from experiment.bench.plot import draw
 from experiment.bench.registry import PARTS
+from experiment.training.atomic_files import write_file
 
 
 def machine(device: str, num_threads: int) -> dict[str, Any]:
@@ -36,9 +37,8 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
         folder: Where to.
         results: `command`, `date`, `machine`, `config`, and `parts`: rows by the name of the part.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "bench.md").write_text(markdown(results), encoding="utf-8")
+    write_file(folder / "bench.json", json.dumps(results, indent=1) + "\n")
+    write_file(folder / "bench.md", markdown(results))
     figure = draw(results["parts"])
     if figure is not None:
         for kind in ("svg", "png"):

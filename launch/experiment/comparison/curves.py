@@ -15,7 +15,7 @@ class Line:
     """One arm's line: x, y, and where there is an interval its ends, else NaN."""
 
     name: str
-    place: int  # among the report's arms, for colour and marker
+    index: int  # among the report's arms, for colour and marker
     x: list[float]
     y: list[float]
     lower: list[float]
@@ -34,7 +34,7 @@ def _error_line(results: ResultsTable, label: str, world_size: int) -> Line:
     ends = [(math.nan, math.nan) if p.half is None else (p.mean - p.half, p.mean + p.half) for p in means.values()]
     return Line(
         label,
-        results.places[label],
+        results.indices[label],
         [float(batch) for batch in means],
         [100 * point.mean for point in means.values()],
         [100 * max(lower, 0.0) for lower, _ in ends],
@@ -52,7 +52,7 @@ def training_lines(results: ResultsTable, world_size: int, batch: int) -> list[L
         losses = [float(np.mean([seed[step] for seed in seeds])) for step in steps]
         nothing = [math.nan] * len(steps)
         if any(math.isfinite(loss) for loss in losses):
-            lines.append(Line(label, results.places[label], steps, losses, nothing, nothing))
+            lines.append(Line(label, results.indices[label], steps, losses, nothing, nothing))
     return lines
 
 

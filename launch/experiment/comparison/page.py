@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiment.comparison import export, formatting, plots
 from experiment.comparison.conclusions import draw_conclusions
 from experiment.comparison.curves import training_lines
-from experiment.comparison.images import to_inline_svg, to_png, to_svg
+from experiment.comparison.figure_files import to_inline_svg, to_png, to_svg
 from experiment.comparison.results_table import REFERENCE, ResultsTable, Row
 from experiment.comparison.settings import MODES, settings, warnings
 from experiment.comparison.statistics import Interval, mean_interval

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from experiment.comparison.curves import Line, error_lines
+from experiment.comparison.figure_files import ignore_missing_glyphs
 from experiment.comparison.formatting import count
-from experiment.comparison.images import ignore_missing_glyphs
 from experiment.comparison.results_table import ResultsTable
 
 MARKERS = "osD^vPX<>p"
@@ -120,9 +120,9 @@ def _figure(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
 
 
 def _style(line: Line, theme: Theme, marker: bool) -> dict[str, Any]:
-    color = theme.colors[line.place % len(theme.colors)]
-    shape = MARKERS[line.place % len(MARKERS)] if marker else "none"
-    dashes = ["-", "--", ":"][line.place // len(theme.colors) % 3]
+    color = theme.colors[line.index % len(theme.colors)]
+    shape = MARKERS[line.index % len(MARKERS)] if marker else "none"
+    dashes = ["-", "--", ":"][line.index // len(theme.colors) % 3]
     return {"color": color, "marker": shape, "markersize": 6, "markeredgecolor": theme.background, "linestyle": dashes}
 
 
@@ -152,8 +152,8 @@ def _label_lines(figure: Figure, axes: Axes, lines: list[Line], theme: Theme, ma
     box = axes.get_window_extent()
     heights = [text.get_window_extent().height + 4 for text in texts]
     wanted = [float(axes.transData.transform(end)[1]) for _, end in ends]
-    for (line, end), text, place in zip(ends, texts, spread(wanted, heights, box.y0, box.y1), strict=True):
-        y = (place - box.y0) / box.height
+    for (line, end), text, position in zip(ends, texts, spread(wanted, heights, box.y0, box.y1), strict=True):
+        y = (position - box.y0) / box.height
         text.set_y(y)
         x, end_y = axes.transAxes.inverted().transform(axes.transData.transform(end))
         style = _style(line, theme, marker)
@@ -164,7 +164,7 @@ def _label_lines(figure: Figure, axes: Axes, lines: list[Line], theme: Theme, ma
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
-    """Move places apart until things of these heights do not overlap, no farther from the wanted ones than needed.
+    """Move positions apart until things of these heights do not overlap, no farther from the wanted ones than needed.
 
     Things that would overlap stand in one stack, centred on what its things want, between low and high.
     """
@@ -176,12 +176,12 @@ def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: 
             things = stacks.pop()[1] + things
             start = _start(things, wanted, heights, low, high)
         stacks.append((start, things))
-    places = list(wanted)
+    positions = list(wanted)
     for start, things in stacks:
         for i in things:
-            places[i] = start + heights[i] / 2
+            positions[i] = start + heights[i] / 2
             start += heights[i]
-    return places
+    return positions
 
 
 def _start(things: list[int], wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> float:

@@ -29,7 +29,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Is it real?"""
+        """Whether the difference is statistically significant, as text."""
         return verdict(self.corrected)
 
 
@@ -62,10 +62,10 @@ class ResultsTable:
         return list(dict.fromkeys(row["label"] for row in self.done))
 
     @property
-    def places(self) -> dict[str, int]:
+    def indices(self) -> dict[str, int]:
         """Number the arms, for colour and marker."""
         others = [label for label in self.labels if label not in FIRST]
-        return {label: place for place, label in enumerate([*FIRST, *others]) if label in self.labels}
+        return {label: index for index, label in enumerate([*FIRST, *others]) if label in self.labels}
 
     @property
     def world_sizes(self) -> list[int]:
@@ -146,7 +146,7 @@ def _difference(
 
 def _order(row: Row) -> tuple[Any, ...]:
     arm = str(row.get("arm"))
-    place = ARMS.index(arm) if arm in ARMS else len(ARMS)
+    index = ARMS.index(arm) if arm in ARMS else len(ARMS)
     numbers = [row.get(name) or 0 for name in ("world_size", "per_rank_batch_size", "seed")]
     group = row.get("group_size")
-    return place, arm, group is None, str(group).zfill(9), str(row.get("label")), *numbers, str(row.get("cell"))
+    return index, arm, group is None, str(group).zfill(9), str(row.get("label")), *numbers, str(row.get("cell"))

@@ -25,7 +25,7 @@ from experiment.comparison.worker import VARIABLE
 TRAIN = Path(__file__).parents[3] / "launch" / "train.py"
 CURVE_POINTS = 50  # of a training curve: means over equal parts of the training
 ERROR = re.compile(r"^((?:[\w.]+\.)?\w+(?:Error|Exception|Interrupt)\b.*(?:\n[ \t]+\S.*)*)$", re.MULTILINE)
-AROUND = re.compile(r"\x1b\[[\d;]*m|^\[rank\d+\]: ?", re.MULTILINE)  # colors, and torch's word for whose line it is
+AROUND = re.compile(r"\x1b\[[\d;]*m|^\[rank\d+\]: ?", re.MULTILINE)  # colors, and torch's prefix that names the rank
 CHAINED = ("direct cause of the following exception", "another exception occurred")
 
 
@@ -177,7 +177,7 @@ def _reason(done: Running) -> str:
         return f"{how}{f'; last words: {lines[-1][:300]}' if lines else ''} (log: {path})"
     found = errors[0]
     for error in errors[1:]:
-        if not any(words in log[found.end() : error.start()] for words in CHAINED):
+        if not any(text in log[found.end() : error.start()] for text in CHAINED):
             break
         found = error
     return f"{' '.join(found[1].split())[:500]} (log: {path})"

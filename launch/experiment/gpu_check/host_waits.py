@@ -55,11 +55,11 @@ def measure(device: str) -> Outcome:
 def _ours(group: str, dtype: torch.dtype, form: str, options: dict[str, Any], device: str, failures: list[str]) -> Row:
     layer, x, dy = _make("syncbn", dtype, form, device, options)
     kernels = refuse_reference(layer, x.detach(), failures) if device == "cuda" else "reference"
-    places = _places(layer, x, dy) if device == "cuda" else _reads(layer, x, dy)
+    waits = _waits(layer, x, dy) if device == "cuda" else _reads(layer, x, dy)
     row = {"layer": "syncbn", "group": group, "dtype": name_of(dtype), "format": form, "options": str(options or "")}
     label = f"group {group}, {row['dtype']}, {form} {row['options']}".strip()
-    failures += [f"{label}: {place}" for place in places]
-    return row | {"back end": kernels, "waits": len(places)}
+    failures += [f"{label}: {wait}" for wait in waits]
+    return row | {"back end": kernels, "waits": len(waits)}
 
 
 def _make(
@@ -70,11 +70,11 @@ def _make(
     return layer, x.requires_grad_(), dy
 
 
-def _places(layer: nn.Module, x: Tensor, dy: Tensor) -> list[str]:
+def _waits(layer: nn.Module, x: Tensor, dy: Tensor) -> list[str]:
     """Return where a step waits: the place that torch's mode refuses, and whether it outlasts a busy GPU."""
     for _ in range(3):  # checks and caches of the first calls
         run_layer(layer, x, dy)
-    places = []
+    waits = []
     try:
         with _sync_debug("error"):
             run_layer(layer, x, dy)
@@ -83,16 +83,16 @@ def _places(layer: nn.Module, x: Tensor, dy: Tensor) -> list[str]:
             raise
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_LIBRARY)]
         last = frames[-1] if frames else None
-        places.append(f"{_TEXT}{f', {last.filename}:{last.lineno}: {last.line}' if last else ''}")
+        waits.append(f"{_TEXT}{f', {last.filename}:{last.lineno}: {last.line}' if last else ''}")
     torch.cuda.synchronize()
     cuda_calls.sleep(_SLEEP)
     busy = cuda_calls.record_event(timing=False)
     begin = time.perf_counter()
     run_layer(layer, x, dy)
     if busy.query():  # type: ignore[no-untyped-call]  # the sleep is over: the host has waited for it
-        places.append(f"the host came back after {time.perf_counter() - begin:.2f} s, when a busy GPU was done")
+        waits.append(f"the host came back after {time.perf_counter() - begin:.2f} s, when a busy GPU was done")
     torch.cuda.synchronize()
-    return places
+    return waits
 
 
 @contextmanager

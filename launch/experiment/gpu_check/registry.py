@@ -10,8 +10,8 @@ class Part:
     """One part, run in a process of its own.
 
     `target` names the function, as "module:function"; it takes the device's type and returns an `Outcome`. The limits
-    are in seconds. `gib` is the GPU memory that must be free. `needs` are names that `needs.unmet` knows; an optional
-    part that lacks one is skipped.
+    are in seconds. `gib` is the GPU memory that must be free. `needs` are names that `requirements.unmet` knows; an
+    optional part that lacks one is skipped.
     """
 
     name: str

@@ -42,7 +42,7 @@ class ResumableCSVLogger(CSVLogger):
         rows = self._rows()[:num_rows]
         if len(rows) < num_rows:
             raise ValueError(
-                f"expected the {num_rows} rows the checkpoint speaks of in {self.path}, found {len(rows)}: put the "
+                f"expected the {num_rows} rows that the checkpoint counts in {self.path}, found {len(rows)}: put the "
                 "file back, or start a new run from the checkpoint with ckpt_path"
             )
         self.columns, self.num_rows = sorted({key for row in rows for key, value in row.items() if value}), num_rows

@@ -1,6 +1,6 @@
 """Measure a layer and a step on 1 to 16 processes and between delayed hosts, beside the predictions of the cost model.
 
-`model` is fitted to what was measured without added delay, on each network by itself, and then predicts all points.
+`cost_model` is fitted to what was measured without added delay, on each network by itself, and predicts all points.
 """
 
 import os

@@ -59,7 +59,7 @@ def frames_of(tap: int) -> list[bytes]:
     """Read what has come in; a host that is going down gives nothing."""
     frames: list[bytes] = []
     with contextlib.suppress(OSError):  # BlockingIOError: that was all
-        while len(frames) < 64:  # then let the others have their turn
+        while len(frames) < 64:  # then serve the other hosts
             frames.append(os.read(tap, MAX_FRAME))
     return frames
 

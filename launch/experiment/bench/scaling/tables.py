@@ -9,7 +9,7 @@ from experiment.bench.tables import Table, spread
 
 Row = dict[str, Any]
 LIMIT = 25  # % that a judged prediction may be off
-_PLACE = ["network", "delay, ms", "ranks", "what"]
+_KEY = ["network", "delay, ms", "ranks", "what"]
 _PREDICTED = ["predicted, ms", "error, %", ""]
 
 
@@ -24,30 +24,30 @@ def tabulate(rows: Sequence[Row]) -> list[Table]:
 
 
 def _layers(points: Sequence[Row], missing: Sequence[str]) -> Table:
-    plain = {_place(row): row["ms"] for row in points if row["what"].startswith("bn ")}  # knows no delay
+    plain = {_key(row): row["ms"] for row in points if row["what"].startswith("bn ")}  # measured without delay
     lines = []
     for row in points:
         if row["what"] in SYNCHRONIZED:
-            network, _, ranks, what = _place(row)
+            network, _, ranks, what = _key(row)
             bn = plain.get((network, "0", ranks, f"bn {what}"))
-            lines.append([*_place(row), "" if bn is None else f"{bn.median:.2f}", spread(row["ms"]), *_predicted(row)])
+            lines.append([*_key(row), "" if bn is None else f"{bn.median:.2f}", spread(row["ms"]), *_predicted(row)])
     judged = [abs(row["error_percent"]) for row in points if row.get("role") == "judged"]
     note = "Median (quartiles) over rounds of the slowest rank. The model has seen the fitted points and no others."
     if judged:
         within = sum(error <= LIMIT for error in judged)
         note += f" Judged: {within} of {len(judged)} within {LIMIT} %, the worst {max(judged):.0f} % off."
     note = " ".join([note, *(f"Hosts with delay: {reason}." for reason in missing)])
-    columns = [*_PLACE, "nn.BatchNorm, ms", "SyncBatchNorm, ms", *_PREDICTED]
+    columns = [*_KEY, "nn.BatchNorm, ms", "SyncBatchNorm, ms", *_PREDICTED]
     return Table("Layer and step: measured and predicted", columns, lines, note)
 
 
 def _bare(points: Sequence[Row]) -> Table:
-    lines = [[*_place(row), spread(row["ms"]), *_predicted(row)] for row in points if row["what"] in COLLECTIVES]
+    lines = [[*_key(row), spread(row["ms"]), *_predicted(row)] for row in points if row["what"] in COLLECTIVES]
     note = "One collective of 2C + 1 float64 numbers, as the forward pass makes it."
-    return Table("Bare collectives: measured and predicted", [*_PLACE, "measured, ms", *_PREDICTED], lines, note)
+    return Table("Bare collectives: measured and predicted", [*_KEY, "measured, ms", *_PREDICTED], lines, note)
 
 
-def _place(row: Row) -> tuple[str, str, str, str]:
+def _key(row: Row) -> tuple[str, str, str, str]:
     what = row["what"] if row["num_features"] is None else f"{row['what']}, C = {row['num_features']}"
     return row["network"], f"{row['delay_ms']:g}", str(row["world_size"]), what
 

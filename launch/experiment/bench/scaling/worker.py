@@ -45,7 +45,7 @@ def on_rank(
     """Time all subjects on this rank, in turn, and return the exchanges of each.
 
     Without namespaces the ranks are processes of one host. With them, this rank moves into its own, and everything
-    that exchanges something is there once for each delay: in the same rounds, so that all have the same luck.
+    that exchanges something is there once for each delay: in the same rounds, so that disturbances affect all alike.
     """
     delays = list(config.scale.delays_ms) if namespaces else [0.0]
     if namespaces:

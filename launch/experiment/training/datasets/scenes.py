@@ -44,24 +44,24 @@ def _draw(
         for _ in range(rng.integers(1, 4)):
             digit = rng.integers(len(images))
             ink = large[rng.integers(len(large))][digit]
-            place = _find_place(rng, free, ink > INK)
-            if place is None:
+            region = _find_region(rng, free, ink > INK)
+            if region is None:
                 continue
             alpha = ink[:, :, None] / 255
-            pixels[place] += alpha * (rng.uniform(160, 255, size=3) - pixels[place])
-            classes[place][ink > INK] = 1 + labels[digit]
-            free[place][ink > INK] = False
+            pixels[region] += alpha * (rng.uniform(160, 255, size=3) - pixels[region])
+            classes[region][ink > INK] = 1 + labels[digit]
+            free[region][ink > INK] = False
         scene[...] = pixels.round()
     return scenes, maps
 
 
-def _find_place(
+def _find_region(
     rng: np.random.Generator, free: NDArray[np.bool_], inked: NDArray[np.bool_]
 ) -> tuple[slice, slice] | None:
     """Find where a digit meets no other; a digit for which a few random places are taken is left out."""
     side = len(inked)
     for y, x in rng.integers(SIDE - side + 1, size=(NUM_TRIES, 2)):
-        place = slice(y, y + side), slice(x, x + side)
-        if free[place][inked].all():
-            return place
+        region = slice(y, y + side), slice(x, x + side)
+        if free[region][inked].all():
+            return region
     return None
