@@ -135,6 +135,7 @@ def lives(pid):
     return False
 
 
+@pytest.mark.slow
 def test_a_compiler_that_hangs(source, home, monkeypatch, builds, tmp_path):
     code = (
         "import os, sys, time; '--version' in sys.argv or os.fork(); open(sys.argv[1], 'a').write(f'{os.getpid()} '); "

@@ -79,6 +79,7 @@ def is_gone(pid):
     return state == "Z"  # ended, and nobody has asked how
 
 
+@pytest.mark.slow
 def test_a_part_costs_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     chosen = [part("finds"), part("raises"), part("hangs", cpu_limit=1), part("aborts"), part("measures")]

@@ -42,6 +42,7 @@ def test_the_others_go_on(tmp_path):
     assert "1 failed, 2 passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_no_signal_reaches_ends_the_run_with_its_stacks(tmp_path):
     done = run(tmp_path, "in_c")
     assert done.returncode != 0

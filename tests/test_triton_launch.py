@@ -80,6 +80,7 @@ def test_without_private_names_the_public_way(tmp_path):
     assert [name for name, *_ in launches] == PHASES
 
 
+@pytest.mark.slow
 def test_variants_are_compiled_and_graphs_are_told(tmp_path):
     """Memory that begins anywhere, frozen parameters, every momentum; a graph that is captured compiles nothing."""
     code = (
