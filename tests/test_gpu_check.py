@@ -408,6 +408,26 @@ def test_ranks_share_gpus_on_gloo(monkeypatch, tmp_path, device, num_gpus, world
     assert (made[0], gpus[0] if gpus else None) == expected
 
 
+def test_torch_triton_pytest_and_numpy_are_enough():
+    """Such is the machine of a GPU: what the experiments need beside them is not there."""
+    others = [
+        "hydra",
+        "omegaconf",
+        "rich",
+        "lightning",
+        "torchmetrics",
+        "torchvision",
+        "timm",
+        "sklearn",
+        "matplotlib",
+    ]
+    names = [f"experiment.gpu_check.{path.stem}" for path in (ROOT / "launch/experiment/gpu_check").glob("[!_]*.py")]
+    code = f"import importlib, sys; sys.modules |= dict.fromkeys({others}); [*map(importlib.import_module, {names})]"
+    code += "; import gpu_check, ranks, oracle"
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "launch", ROOT / "tests")))
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=True)
+
+
 @pytest.mark.slow
 def test_every_part_on_the_cpu(tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "gpu_check.py"), "--device", "cpu", "--output-dir", str(tmp_path)]
