@@ -1,11 +1,12 @@
 """Compare what ranks made of a `programs.Program` with the truth, within what rounding allows."""
 
+import math
 import re
 from typing import NamedTuple
 
 import torch
 from machines import Alone, Machine, attempt
-from programs import Do
+from programs import Do, Forward
 from torch import nn
 from versions import torch_norm
 
@@ -43,9 +44,18 @@ def _compare_with_torch(program, torchs, mine):
             tensors = isinstance(wanted, torch.Tensor) and isinstance(mine[name], torch.Tensor)
             # the mean's last bits, which differ where memory begins elsewhere, weigh in the output by |mean| / std
             mean = BEYOND[program.dtype if program.dtype in BEYOND else torch.float32] * abs(program.mean)
-            beyond = mean / (program.std**2 / 4 + norm.eps) ** 0.5
+            invstd = (program.std**2 / 4 + norm.eps) ** -0.5
+            beyond = mean * invstd * (invstd if name.endswith("dx") else 1)  # dx is small among terms of invstd * dy
+            if name.endswith("gradient"):
+                beyond *= num_values(program)  # of which each adds dy * xhat
             if not (_nearly(wanted, mine[name], beyond) if tensors else wanted is mine[name] or wanted == mine[name]):
                 yield f"{name}, in a group of one: expected {wanted}, got {mine[name]}"
+
+
+def num_values(program):
+    """Count the values per channel and rank of all steps, at most."""
+    sizes = [max(step.sizes) for step in program.steps if isinstance(step, Forward)]
+    return sum(sizes) * math.prod(length + 1 for length in program.tail)
 
 
 def _nearly(wanted, got, beyond):

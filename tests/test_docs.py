@@ -106,7 +106,10 @@ def test_programs_run_on_two_ranks(page, title, tmp_path):
         pytest.skip(f"{lacks[0]} is not installed")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", title]
     env = {"GLOO_SOCKET_IFNAME": "lo"} | os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(torchrun, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    for _ in range(5):
+        result = subprocess.run(torchrun, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        if "terminate called without an active exception" not in result.stderr:  # torch's, see docs/faults.md
+            break
     assert result.returncode == 0, result.stdout + result.stderr
 
 
