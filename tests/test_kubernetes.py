@@ -26,14 +26,14 @@ LIMIT = 240  # seconds, against a loaded machine
 LONG = [*SMALL, "+trainer.enable_progress_bar=false", "trainer.max_epochs=20", "checkpoint_every=3"]  # 100 steps
 
 
-def words():
-    """Give the words of torchrun's command, which ends the script."""
+def torchrun_arguments():
+    """Split torchrun's command, which ends the script."""
     [script] = CONTAINER["args"]
     return shlex.split(script.partition("exec ")[2])
 
 
 def option(name):
-    command = words()
+    command = torchrun_arguments()
     return command[command.index(name) + 1]
 
 
@@ -68,7 +68,7 @@ def test_volumes_and_settings():
     assert {volume["name"] for volume in POD["volumes"]} == {mount["name"] for mount in CONTAINER["volumeMounts"]}
     [claim] = [volume["persistentVolumeClaim"] for volume in POD["volumes"] if volume["name"] == "runs"]
     assert claim["claimName"] == OBJECTS["PersistentVolumeClaim"]["metadata"]["name"]
-    command = words()
+    command = torchrun_arguments()
     config = composed(*command[command.index("launch/train.py") + 1 :])
     assert config.norm.norm == "syncbn"
     assert str(Path(config.run_dir).parent) in [mount["mountPath"] for mount in CONTAINER["volumeMounts"]]

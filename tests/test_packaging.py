@@ -15,19 +15,7 @@ import syncbn
 ROOT = Path(__file__).parents[1]
 NAME = f"syncbn-{syncbn.__version__}"
 SUFFIXES = {".py", ".cpp", ".h", ".typed"}
-EXTRAS = [
-    "lightning",
-    "hydra",
-    "torchmetrics",
-    "torchvision",
-    "timm",
-    "sklearn",
-    "PIL",
-    "rich",
-    "scipy",
-    "numpy",
-    "triton",
-]
+EXTRAS = ["lightning", "hydra", "torchmetrics", "torchvision", "timm", "sklearn", "rich", "scipy", "numpy", "triton"]
 PROGRAM = f"""
 import sys, warnings
 for name in {EXTRAS}:

@@ -19,6 +19,7 @@ import syncbn
 from experiment.simulation.simulate import SimulatedBatchNorm
 from experiment.training.data import ImageData
 from experiment.training.task import Task
+from syncbn.statistics.freeze import is_frozen
 
 MODES = ("rank0", "averaged", "precise", "batch")
 NUM_PRECISE = 2048  # training images for the precise statistics
@@ -121,7 +122,7 @@ def _layers(model: torch.nn.Module) -> Layers:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and "train" not in layer.__dict__
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not is_frozen(layer)
     }
 
 
