@@ -46,7 +46,7 @@ def kinds(model):
 
 @torch.no_grad()
 def output(model):
-    size = {"Levit": 224, "InceptionV3": 96}.get(type(model).__name__, 64)
+    size = {"LevitDistilled": 224, "InceptionV3": 96}.get(type(model).__name__, 64)
     return model.eval()(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)))
 
 
