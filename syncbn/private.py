@@ -18,6 +18,8 @@ from .compat import all_gather_single
 # Without these: plain operators, no C++ kernels.
 are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# Without it: forward-mode AD in training is refused by autograd, which knows no jvp of the step.
+dual_level: Any = partial(getattr, torch.autograd.forward_ad, "_current_level", -1)
 jit_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
 _get_mode: Any = getattr(torch._C, "_get_dispatch_mode", None)
 _recorders = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "__members__", {}).values()

@@ -19,12 +19,14 @@ HEIGHT = {
     "private": 1,
     "distributed": 2,
     "ops": 3,
-    "functional": 4,
-    "nn": 5,
-    "debug": 6, "conversion": 6, "statistics": 6,
-    "audit": 7,
-    "__init__": 8,
-    "lightning": 9,
+    "masked": 4,
+    "local": 5,
+    "functional": 6,
+    "nn": 7,
+    "debug": 8, "conversion": 8, "statistics": 8,
+    "audit": 9,
+    "__init__": 10,
+    "lightning": 11,
 }  # fmt: skip
 # The same of launch/: the names are those that a file in it imports, the longest that matches.
 LAUNCH = Path(__file__).parents[1] / "launch"

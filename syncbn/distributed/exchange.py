@@ -49,7 +49,7 @@ def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
     return group
 
 
-def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: Facts = ()) -> Tensor:
+def all_reduce(packed: Tensor, group: ProcessGroup | None, name: str, direction: str, facts: Facts = ()) -> Tensor:
     """Sum ``packed``, ``(n,)``, over the ranks of ``group``: one collective, which may overwrite it.
 
     On gloo small buffers are gathered, and added up here in one order: half the network's delays, and the same bits on
@@ -57,6 +57,8 @@ def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, f
     torch.compile gave up agrees with the others. What the backend raises is raised again, as the same class, with
     ``name`` (of the layer), ``direction`` (such as "forward") and rank.
     """
+    if group is None:
+        return packed
     num_ranks = group.size()
     is_small = packed.numel() * num_ranks <= _GATHER_BYTES // 8
     if torch.compiler.is_compiling():  # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
@@ -83,14 +85,18 @@ class DifferentiableSum(torch.autograd.Function):
     """`all_reduce`, with its arguments, whose gradient is again a sum over the ranks: each rank uses the result."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: Facts) -> Tensor:
-        ctx.arguments = group, name, "second-order backward", facts
+    def forward(packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: Facts) -> Tensor:
         return all_reduce(packed.detach().clone(), group, name, direction, facts)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group, ctx.name, direction, ctx.facts = inputs
+        ctx.direction = "backward" if direction.startswith("forward") else "second-order backward"
+
+    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # a copy: dy belongs to autograd, and must not be overwritten
-        return DifferentiableSum.apply(dy, *ctx.arguments), None, None, None, None
+        # it copies dy, which belongs to autograd and must not be overwritten
+        return DifferentiableSum.apply(dy, ctx.group, ctx.name, ctx.direction, ctx.facts), None, None, None, None
 
 
 def explain(error: Exception, name: str, direction: str) -> Exception:
