@@ -257,6 +257,19 @@ def test_compiled_without_a_graph_break(run):
         torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-9)
 
 
+def saved_rank(rank, world_size):
+    layer, x = syncbn.SyncBatchNorm(C), torch.randn(4, C, 100, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.data_ptr(), t.numel())) or t, lambda t: t):
+        y = layer(x, torch.rand(4, 1, 100) < 0.5)
+    y.sum().backward()
+    return [size for _, size in set(sizes) if size >= x.numel()]
+
+
+def test_one_tensor_of_the_input_is_kept_for_backward(run):
+    assert run(saved_rank, 2) == [[4 * C * 100]] * 2
+
+
 class Masked(nn.Module):
     """A layer that takes its mask from the batch, between two others."""
 
