@@ -122,3 +122,20 @@ def all_reduce_in_graph(packed: Tensor, group: Any) -> Tensor:
 
     summed: Tensor = functional.all_reduce(packed, "sum", group)
     return summed
+
+
+def checkpoint_frame() -> tuple[Any, bool]:
+    """Find the innermost non-reentrant checkpoint, and whether this is its first pass; (None, False) if there is none.
+
+    It is in the closure of the hook that packs saved tensors: ``frame``, or ``target_frame_ref`` in a recomputation.
+    """
+    hooks = top_saved_tensors_hooks(True)
+    pack: Any = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks else None
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return None, False
+    names = pack.__code__.co_freevars
+    cells = dict(zip(names, (cell.cell_contents for cell in pack.__closure__ or ()), strict=True))
+    if "frame" in cells:
+        return cells["frame"], True
+    reference = cells.get("target_frame_ref")
+    return (reference() if reference is not None else None), False
