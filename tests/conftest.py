@@ -43,7 +43,9 @@ unlisted = set()
 
 
 def pytest_addoption(parser):
-    text = "cuda: test_batchnorm.py alone; NCCL for up to as many ranks as GPUs, else gloo ranks that share the GPUs"
+    text = (
+        "cuda: the tests marked gpu; NCCL for up to as many ranks as GPUs, else gloo ranks that share the GPUs"
+    )
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help=text)
 
 
@@ -68,10 +70,10 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Run the matrix on GPUs, which every test of that file is written for."""
+    """Run on GPUs what is written for them."""
     if config.getoption("--device") == "cuda":
-        others = [item for item in items if item.path.name != "test_batchnorm.py"]
-        items[:] = [item for item in items if item.path.name == "test_batchnorm.py"]
+        others = [item for item in items if item.get_closest_marker("gpu") is None]
+        items[:] = [item for item in items if item not in others]
         config.hook.pytest_deselected(items=others)
 
 

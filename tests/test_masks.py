@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import ranks
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -54,9 +55,10 @@ def make(layer_class, dtype=torch.float64, **options):
 
 
 def masked_rank(rank, world_size, xs, masks, dys, options, kernels="auto"):
-    x, mask, dy = xs[rank].detach().requires_grad_(), masks[rank], dys[rank]
+    x, mask, dy = (t[rank].to(ranks.device()) for t in (xs, masks, dys))
+    x.requires_grad_()
     dtype = options.pop("dtype", x.dtype)
-    layer = make(syncbn.SyncBatchNorm, dtype, **options)
+    layer = make(syncbn.SyncBatchNorm, dtype, **options).to(x.device)
     with syncbn.use_kernels(kernels):
         y = layer(x, mask)
         assert y.dtype == x.dtype
@@ -65,7 +67,8 @@ def masked_rank(rank, world_size, xs, masks, dys, options, kernels="auto"):
     padding = ~(mask > 0).expand(x.shape[0], 1, *x.shape[2:]).expand_as(x)
     assert (y[padding] == 0).all()
     assert (x.grad[padding] == 0).all()
-    return y.detach(), x.grad, [p.grad for p in layer.parameters()], dict(layer.named_buffers())
+    buffers = {name: value.cpu() for name, value in layer.named_buffers()}
+    return y.detach().cpu(), x.grad.cpu(), [p.grad.cpu() for p in layer.parameters()], buffers
 
 
 def compare(results, masks, expected, dtype=torch.float64):
@@ -94,6 +97,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"momentum": None}], ids=str)
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_a_mask_equals_the_packed_values(run, shapes, options):
@@ -110,6 +114,7 @@ def test_a_mask_equals_the_packed_values(run, shapes, options):
     compare(run(masked_rank, len(shapes), xs, masks, dys, options), masks, expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_back_ends(run, dtype, kernels):
@@ -121,6 +126,7 @@ def test_dtypes_and_back_ends(run, dtype, kernels):
     compare(results, masks, expected, dtype)
 
 
+@pytest.mark.gpu
 def test_float32_stays_precise_far_from_zero(run):
     """Mean/std of 5,000: the variance within 1e-4, as without a mask."""
     xs, masks, dys = draw([(8, C, 50), (4, C, 30)])
@@ -141,6 +147,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_a_mask(run, layout):
     xs, masks, dys = draw([(3, C, 4, 5), (2, C, 4, 5)], keep=0.5)
@@ -151,6 +158,7 @@ def test_layouts_of_a_mask(run, layout):
     compare(run(masked_rank, 2, xs, masks, dys, {}), full, expected)
 
 
+@pytest.mark.gpu
 def test_whole_weights_repeat_values(run):
     """A weight of 3 counts a value three times; the gradient of its input is that of all three."""
     xs, masks, dys = draw([(4, C, 6), (3, C, 5)])
@@ -172,6 +180,7 @@ def weighted(x, w, weight, bias, eps=1e-5):
     return (x - mean) / (var + eps).sqrt() * weight + bias, mean, var * w.sum() / (w.sum() - 1)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_fractional_weights(run, dtype):
     xs, masks, dys = draw([(4, C, 6), (3, C, 5)])
