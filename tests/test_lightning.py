@@ -217,6 +217,28 @@ def test_fit_twice_then_validate(run, tmp_path):
     run(twice_and_other_stages, 2, str(tmp_path))
 
 
+class CopiesInSetup(Callback):
+    def setup(self, trainer, pl_module, stage):
+        self.copies = [copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))]
+
+
+def copied_before(rank, world_size, path):
+    clean_environment()
+    module, keeper = Project(), CopiesInSetup()
+    batches = loader(rank, world_size, 6)
+    trainer(rank, world_size, path, callbacks=[NormConverter(), keeper]).fit(module, batches)
+    assert isinstance(module.head[0], syncbn.SyncBatchNorm)
+    for other in keeper.copies:
+        trainer(rank, world_size, path).fit(other, batches)
+        assert type(other.head[0]) is nn.BatchNorm1d
+        assert other.setup.__func__ is Steps.setup
+        assert other.configure_model.__func__ is Steps.configure_model
+
+
+def test_a_copy_from_before_the_conversion_is_a_project_of_its_own(run, tmp_path):
+    run(copied_before, 1, str(tmp_path), initialize=False)
+
+
 class BuildsLate(Callback):
     def setup(self, trainer, pl_module, stage):
         pl_module.extra = nn.BatchNorm1d(3, affine=False)  # not used: DDP wants no parameter of it
@@ -290,7 +312,7 @@ def hooks_of_the_instance_and_a_failed_fit(rank, world_size, path):
     assert type(module.stem[1]) is nn.BatchNorm1d
     trainer(rank, world_size, path, callbacks=[NormConverter()]).validate(module, batches, verbose=False)
     assert calls == ["fit", "configure_model", "validate", "configure_model"]
-    assert [type(m) for m in (module.stem[1], module.head[0])] == [syncbn.SyncBatchNorm] * 2
+    assert all(isinstance(m, syncbn.SyncBatchNorm) for m in (module.stem[1], module.head[0]))
     assert [module.__dict__[name] for name in ("setup", "configure_model")] == [own["setup"], own["configure_model"]]
 
 

@@ -124,7 +124,7 @@ def saved_and_resumed(rank, world_size, path, norm, order, use_buffers):
 
     module, all_callbacks = Project(), callbacks("whole")
     assert fit(rank, world_size, path, all_callbacks, module) == []
-    assert type(module.net[1]) is KINDS[norm]
+    assert isinstance(module.net[1], KINDS[norm])
     wanted = {n: by_hand(module.steps[:n], DECAY, use_buffers) for n in (2, 4)}
     torch.testing.assert_close(numbers(module.state_dict()), wanted[4], **EXACT)
     torch.testing.assert_close(module.validated[-1], wanted[4], **EXACT)
@@ -169,7 +169,7 @@ def users_own(rank, world_size, path, order, norm, part):
     module, own = Project(), Averages(part)
     assert fit(rank, world_size, path, in_order(order, NormConverter(name, **options), own), module) == []
     average = own.average.module
-    assert type((average if part else average.net)[1]) is KINDS[norm]
+    assert isinstance((average if part else average.net)[1], KINDS[norm])
     assert part or type(average.extra) is type(module.extra)  # outside of include
     assert "setup" not in average.__dict__
     prefix = f"{part}." if part else ""

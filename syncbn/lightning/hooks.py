@@ -62,8 +62,10 @@ def setup(self: LightningModule, *args: Any, **kwargs: Any) -> None:
 def configure_model(self: LightningModule) -> None:
     """Build the model as the LightningModule does, then convert it."""
     _take_off(self, configure_model)
-    waiting = _waiting.pop(self)
+    waiting = _waiting.pop(self, None)
     self.configure_model()
+    if waiting is None:  # a copy
+        return
     averages = list(_averages(waiting.trainer, self))
     for norm, options in waiting.conversions:
         convert(self, norm, **options)
