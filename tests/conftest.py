@@ -26,6 +26,7 @@ OF_OLD_TORCH = {
     "DDP has no forward_sync_buffers before torch 2.13",
     "torch 2.6 has no fully_shard for the CPU",
 }
+OF_OLD_LIGHTNING = {"Lightning has no WeightAveraging before 2.6"}
 # What an environment of `make test` may lack: Ray, and what comes with the operating system.
 ANYWHERE = {
     "chromium is not installed",
@@ -37,7 +38,7 @@ ANYWHERE = {
 # Packages of docs/frameworks.md: `make test-slow` installs them.
 FRAMEWORKS = {"accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine"}
 ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS}
-MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | {*OPTIONAL.values()}
+MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | OF_OLD_LIGHTNING | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()
 

@@ -85,16 +85,21 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
 
 def run_first(model: nn.Module, batch: Any) -> Any:
     """Run ``model`` on a tensor, or on the first item of a tuple or list."""
+    x = first_of(batch)
+    if isinstance(x, Tensor):
+        x = x.to(next(model.buffers()).device)  # there are running statistics
+    return (model.module if isinstance(model, DistributedDataParallel) else model)(x)
+
+
+def first_of(batch: Any) -> Any:
+    """Return a tensor itself, of a tuple or list the first item; refuse any other batch."""
     if not isinstance(batch, Tensor | tuple | list) or (isinstance(batch, tuple | list) and not batch):
         raise ValueError(
             "update_bn_stats: expected every batch to be a tensor, or a tuple or list that begins with the input, got "
             f"{'nothing in a ' if batch == () or batch == [] else ''}{type(batch).__name__}; pass forward, called as "
             "forward(model, batch)."
         )
-    x = batch if isinstance(batch, Tensor) else batch[0]
-    if isinstance(x, Tensor):
-        x = x.to(next(model.buffers()).device)  # there are running statistics
-    return (model.module if isinstance(model, DistributedDataParallel) else model)(x)
+    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def _measure(
