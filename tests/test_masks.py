@@ -114,7 +114,6 @@ def test_a_mask_equals_the_packed_values(run, shapes, options):
     compare(run(masked_rank, len(shapes), xs, masks, dys, options), masks, expected)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_back_ends(run, dtype, kernels):
@@ -126,7 +125,6 @@ def test_dtypes_and_back_ends(run, dtype, kernels):
     compare(results, masks, expected, dtype)
 
 
-@pytest.mark.gpu
 def test_float32_stays_precise_far_from_zero(run):
     """Mean/std of 5,000: the variance within 1e-4, as without a mask."""
     xs, masks, dys = draw([(8, C, 50), (4, C, 30)])
@@ -147,7 +145,6 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_a_mask(run, layout):
     xs, masks, dys = draw([(3, C, 4, 5), (2, C, 4, 5)], keep=0.5)
@@ -158,7 +155,6 @@ def test_layouts_of_a_mask(run, layout):
     compare(run(masked_rank, 2, xs, masks, dys, {}), full, expected)
 
 
-@pytest.mark.gpu
 def test_whole_weights_repeat_values(run):
     """A weight of 3 counts a value three times; the gradient of its input is that of all three."""
     xs, masks, dys = draw([(4, C, 6), (3, C, 5)])
