@@ -44,9 +44,7 @@ unlisted = set()
 
 
 def pytest_addoption(parser):
-    text = (
-        "cuda: the tests marked gpu; NCCL for up to as many ranks as GPUs, else gloo ranks that share the GPUs"
-    )
+    text = "cuda: the tests marked gpu; NCCL for up to as many ranks as GPUs, else gloo ranks that share the GPUs"
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help=text)
 
 

@@ -23,9 +23,7 @@ def check_input(
     """
     if is_sparse(x):
         kind = "nested" if x.is_nested else x.layout
-        raise ValueError(
-            f"expected a dense input (N, C, *), got {kind}; normalize its values, or pad it and give a mask."
-        )
+        raise ValueError(f"expected a dense input (N, C, *), got {kind}; normalize its values, or pad it with a mask.")
     if eps is not None and any(type(t).__name__ == "DTensor" for t in (x, weight)):
         how = "of an input sharded over the batch give input.to_local(), and call layers through the sharded module"
         raise ValueError(f"expected plain tensors in training, got a DTensor; {how}.")
@@ -62,16 +60,13 @@ def refuse_count(count: Tensor) -> None:
 
     0 is right: nothing moves. It is read on the host, but for a graph's assertion. Raises a ValueError.
     """
-    expected, where = (
-        "Expected more than 1 value per channel when training, got",
-        "over all ranks of the process group",
-    )
+    text, where = "Expected more than 1 value per channel when training, got", "over all ranks of the process group"
     if torch.compiler.is_compiling() or is_capturing():
-        assert_in_graph((count == 0) | (count > 1), f"{expected} 1 (or weights below 0) {where}")
+        assert_in_graph((count == 0) | (count > 1), f"{text} 1 (or weights below 0) {where}")
         return
     value = count.item()
-    if value != value:  # NaN, see `masks`
+    if value != value:  # NaN, see `masked`
         raise ValueError(f"expected the weights of a mask to be 0 or more, and finite, got others {where}.")
     if 0 < value <= 1:
         hint = "" if value == 1 else "; the weights of a mask count as numbers of values"
-        raise ValueError(f"{expected} {value:g} {where}{hint}. Use a larger batch or eval mode.")
+        raise ValueError(f"{text} {value:g} {where}{hint}. Use a larger batch or eval mode.")
