@@ -41,6 +41,7 @@ _get_backend: Any = getattr(dist.ProcessGroup, "_get_backend", None)
 _c10d: Any = getattr(dist, "distributed_c10d", None)  # not in a torch without distributed
 _has_world = hasattr(_c10d, "_world")  # looked up at each call: ranks that are threads have one each
 _get_default_store = getattr(_c10d, "_get_default_store", None)
+_new_group = getattr(_c10d, "_new_process_group_helper", None)
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
 
 
@@ -71,6 +72,25 @@ def timeout_of(group: Any) -> timedelta | None:
             continue
         return timeout
     return None
+
+
+def group_of_members(ranks: tuple[int, ...], what: str, beside: Any) -> Any:
+    """Make a group of ``ranks`` like ``beside``: a collective of these ranks alone, which are all or some of it.
+
+    All ranks of the world make it by the public function. That one names groups by a counter, which it must not
+    advance on some ranks only; so a group of some has a name of its own. Without the private names it may deadlock,
+    then and later, where ranks have made different numbers of groups.
+    """
+    timeout, backend, size = timeout_of(beside), dist.get_backend(beside), dist.get_world_size()
+    note = f"syncbn: {what} of group {beside.group_name}"
+    if len(ranks) == size or _new_group is None or not _has_world or timeout is None:
+        options: dict[str, Any] = {"timeout": timeout, "group_desc": note}
+        return dist.new_group(list(ranks), backend=backend, use_local_synchronization=len(ranks) < size, **options)
+    name = f"syncbn_{beside.group_name}_{'_'.join(map(str, ranks))}"
+    options = {"timeout": timeout, "group_desc": note}
+    group, _ = _new_group(len(ranks), ranks.index(dist.get_rank()), list(ranks), backend, default_store(), name, **options)
+    _c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
+    return group
 
 
 def default_store() -> Any:

@@ -1,7 +1,8 @@
-"""Make the process groups of all specs in use: those of an int or "node".
+"""Make process groups: those of all specs in use that are an int or "node", those of meshes, and twins beside DDP.
 
 Making a group is a collective of the whole world, and a different order on another rank deadlocks. So specs declare
-themselves, and the first one that needs a group makes those of all, declared on any rank, in one sorted order.
+themselves, and the first one that needs a group makes those of all, declared on any rank, in one sorted order. Groups
+of meshes and twins are made by their own ranks alone, which come to them in one order.
 """
 
 import json
@@ -16,11 +17,14 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
 from ..compat import all_gather_single
-from ..private import timeout_of
+from ..private import active_ddp, backend_name, group_of_members, known_groups, timeout_of
 
 declared: "weakref.WeakValueDictionary[int | str, Any]" = weakref.WeakValueDictionary()  # specs in use, by value
 _groups: dict[int | str, Any] = {}  # a ProcessGroup, "world", None in a group of one, or the ValueError to raise
 _world_of_groups: "list[weakref.ref[ProcessGroup]]" = []  # weak: torch may abort at exit over a group that is left
+
+# By group, the groups made beside it, by their ranks; weak for the same reason.
+_beside: "weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], Any]]" = weakref.WeakKeyDictionary()
 
 
 def make_groups(specs: Iterable[Any]) -> None:
@@ -100,5 +104,43 @@ def _make_groups_of(value: int | str, hosts: list[str]) -> Any:
     return next((group for group, part in zip(groups, parts, strict=True) if rank in part), None)
 
 
+def group_of_mesh(mesh: Any) -> ProcessGroup | None:
+    """Return the group of all ranks of a DeviceMesh of several dimensions, made before or now."""
+    world, ranks = dist.group.WORLD, tuple(sorted(mesh.mesh.flatten().tolist()))
+    return world if world is None or len(ranks) == world.size() else _made_beside(world, ranks, "all ranks of a mesh")
+
+
+def apart_from_ddp(group: ProcessGroup) -> ProcessGroup:
+    """Return a twin of ``group``, of the same ranks, where DDP reduces gradients in ``group`` itself.
+
+    DDP reduces a bucket once its gradients exist. Where the graphs of ranks differ (parameters unused on some), that
+    is before an exchange on one rank and after it on another: a deadlock, in one group. The twin is made in the first
+    training forward of such a DDP module, and used from then on. Except on gloo, where it costs next to nothing, only
+    a module that is told of such graphs has one.
+    """
+    ddp = active_ddp()
+    may_differ = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph or backend_name(group) == "gloo")
+    ranks = tuple(dist.get_process_group_ranks(group))
+    if (may_differ and ddp.process_group is group) or ranks in _beside.get(group, ()):
+        return _made_beside(group, ranks, "twin")
+    return group
+
+
+def apart_in_graph(name: str) -> ProcessGroup | None:
+    """Return `apart_from_ddp` of the group of a name, all that is known while torch.compile traces; None if unknown."""
+    group = next((group for group in known_groups() or () if group.group_name == name), None)
+    return None if group is None else apart_from_ddp(group)
+
+
+def _made_beside(group: ProcessGroup, ranks: tuple[int, ...], what: str) -> ProcessGroup:
+    made = _beside.setdefault(group, {})
+    found: ProcessGroup | None = made[ranks]() if ranks in made else None
+    if found is None:
+        found = group_of_members(ranks, what, group)
+        made[ranks] = weakref.ref(found)
+    return found
+
+
 # As torch.compiler.assume_constant_result: made while torch.compile traces, not in the graph.
-setattr(group_made_of, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute
+for _function in (group_made_of, group_of_mesh, apart_in_graph):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute
