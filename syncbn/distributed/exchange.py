@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from ..compat import all_gather_single
 from ..private import active_ddp, all_reduce_in_graph, backend_name, backend_name_in_graph, gather_in_graph
 from .groups import GroupSpec, current_world, rank_in_world
-from .subgroups import apart_from_ddp, apart_in_graph
+from .subgroups import twin_of
 
 Facts = tuple[Any, ...]  # for the observer: the input, whether it needs a gradient, eps, momentum
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
@@ -37,8 +37,7 @@ def note_eval(name: str) -> None:
 def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
     """Find the process group of ``spec``, None where there is nothing to exchange; see `GroupSpec.resolve`.
 
-    Where DDP reduces in that group it is a twin of it, see `apart_from_ddp`: found in the forward pass of a DDP module,
-    and kept outside of any, as in a recomputation.
+    In the forward pass of DDP it may be a twin, see `twin_of`; outside of any, as in a recomputation, it is the last.
     """
     world = None if torch.compiler.is_compiling() else current_world()
     if world is not None:
@@ -47,9 +46,7 @@ def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
             return group
     try:
         group = spec.resolve()
-        if group is not None:
-            apart = apart_in_graph(group.group_name) if world is None else apart_from_ddp(group)
-            group = group if apart is None else apart
+        group = None if group is None else twin_of(group.group_name) or group
     except RuntimeError as error:
         raise explain(error, name, "when the process groups were made") from error
     if group is not None and world is not None and spec.ranks is None:  # a ProcessGroup can be destroyed by itself

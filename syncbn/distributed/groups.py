@@ -35,7 +35,7 @@ class GroupSpec:
 
     value: ProcessGroupLike
     ranks: tuple[int, ...] | None  # of a ProcessGroup, which may be gone by the time they are asked for
-    found: tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]  # last group, its world, DDP module
+    found: tuple[Callable[[], ProcessGroup | None], Callable[[], Any], Callable[[], Any]]  # last group, world, DDP
 
     def __new__(cls, value: ProcessGroupLike) -> "GroupSpec":
         """Return the one spec of an int or "node", so that it is declared as long as any layer has it."""
