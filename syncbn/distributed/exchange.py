@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..compat import all_gather_single
-from ..private import all_reduce_in_graph, backend_name, backend_name_in_graph, gather_in_graph
+from ..private import active_ddp, all_reduce_in_graph, backend_name, backend_name_in_graph, gather_in_graph
 from .groups import GroupSpec, current_world, rank_in_world
+from .subgroups import twin_of
 
 Facts = tuple[Any, ...]  # for the observer: the input, whether it needs a gradient, eps, momentum
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
@@ -34,18 +35,22 @@ def note_eval(name: str) -> None:
 
 
 def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
-    """Find the process group of ``spec``, None where there is nothing to exchange; see `GroupSpec.resolve`."""
+    """Find the process group of ``spec``, None where there is nothing to exchange; see `GroupSpec.resolve`.
+
+    In the forward pass of DDP it may be a twin, see `twin_of`; outside of any, as in a recomputation, it is the last.
+    """
     world = None if torch.compiler.is_compiling() else current_world()
     if world is not None:
-        found, found_in = spec.found
-        if found_in() is world and (group := found()) is not None:
+        (found, found_in, found_by), ddp = spec.found, active_ddp()
+        if found_in() is world and (ddp is None or found_by() is ddp) and (group := found()) is not None:
             return group
     try:
         group = spec.resolve()
+        group = None if group is None else twin_of(group.group_name) or group
     except RuntimeError as error:
         raise explain(error, name, "when the process groups were made") from error
     if group is not None and world is not None and spec.ranks is None:  # a ProcessGroup can be destroyed by itself
-        spec.found = weakref.ref(group), weakref.ref(world)
+        spec.found = weakref.ref(group), weakref.ref(world), found_by if ddp is None else weakref.ref(ddp)
     return group
 
 
