@@ -37,6 +37,7 @@ ANYWHERE = {
 }
 # Packages of docs/frameworks.md: `make test-slow` installs them.
 FRAMEWORKS = {"accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine"}
+FRAMEWORKS |= {"transformers", "torch_geometric"}  # of which tests convert layers
 ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS}
 MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | OF_OLD_LIGHTNING | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()

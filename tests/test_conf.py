@@ -26,10 +26,10 @@ DEFAULTS = {
 }
 ARMS = {
     "bn": ("BatchNorm2d", None),
-    "syncbn": ("SyncBatchNorm", None),
-    "syncbn_2": ("SyncBatchNorm", 2),
-    "syncbn_4": ("SyncBatchNorm", 4),
-    "syncbn_node": ("SyncBatchNorm", "node"),
+    "syncbn": ("SyncBatchNorm2d", None),
+    "syncbn_2": ("SyncBatchNorm2d", 2),
+    "syncbn_4": ("SyncBatchNorm2d", 4),
+    "syncbn_node": ("SyncBatchNorm2d", "node"),
     "gn": ("GroupNorm", None),
     "ln": ("GroupNorm", None),
     "in": ("GroupNorm", None),

@@ -14,6 +14,7 @@ from versions import torch_norm
 
 import syncbn
 from syncbn import SyncBatchNorm
+from syncbn.nn.converted import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 
 def torchvision():
@@ -52,14 +53,24 @@ def note(module, args, output):
     """A hook."""
 
 
-@pytest.mark.parametrize("cls", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
+BECOMES = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+}
+
+
+@pytest.mark.parametrize("cls", BECOMES)
 def test_a_bare_layer(cls):
     layer = torch_norm(cls, 3, eps=1e-3, momentum=None, bias=False).eval()
     layer.note = "mine"
     layer.register_forward_hook(note)
     before, original = signature(layer), copy.deepcopy(layer.state_dict())
     assert syncbn.convert(layer) is layer
-    assert type(layer) is SyncBatchNorm
+    assert type(layer) is BECOMES[cls]
+    assert isinstance(layer, SyncBatchNorm)
+    assert isinstance(layer, cls) is (cls is not nn.SyncBatchNorm)
     assert (layer.eps, layer.momentum, layer.bias, layer.note) == (1e-3, None, None, "mine")
     assert signature(layer) == before
     assert syncbn.revert(layer) is layer
@@ -100,9 +111,9 @@ def test_optimizer_stays_valid_and_copies_work():
     optimizer.step()
     assert not torch.equal(model[1].weight, before)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), AveragedModel(model).module):
-        assert type(other[1]) is SyncBatchNorm
+        assert type(other[1]) is SyncBatchNorm1d
         assert type(syncbn.revert(other)[1]) is nn.BatchNorm1d
-    assert type(model[1]) is SyncBatchNorm
+    assert type(model[1]) is SyncBatchNorm1d
 
 
 @pytest.mark.parametrize("norm", ["syncbn", "gn"])
@@ -205,11 +216,12 @@ def test_an_unknown_subclass_is_left_alone_until_registered(monkeypatch):
     model = nn.Sequential(MyBatchNorm(3), nn.BatchNorm2d(3))
     with pytest.warns(UserWarning, match=r"left 0 alone: MyBatchNorm .* syncbn.register\(MyBatchNorm"):
         syncbn.convert(model)
-    assert [type(m) for m in model] == [MyBatchNorm, SyncBatchNorm]
+    assert [type(m) for m in model] == [MyBatchNorm, SyncBatchNorm2d]
     monkeypatch.setattr(sys.modules["syncbn.conversion.classes"], "_REGISTERED", {})
     syncbn.register(MyBatchNorm, MySyncBatchNorm)
     syncbn.convert(model)
-    assert type(model[0]) is MySyncBatchNorm
+    assert isinstance(model[0], MySyncBatchNorm)
+    assert isinstance(model[0], MyBatchNorm)
     assert model[0](torch.zeros(2, 3, 1, 1)).mean() == 1
     assert type(syncbn.revert(model)[0]) is MyBatchNorm
     with pytest.warns(UserWarning, match="more than normalize"):
@@ -230,7 +242,7 @@ def test_frozen_batchnorm_is_listed_and_converted_on_request():
     syncbn.convert(model)
     assert type(model[0]) is torchvision().ops.FrozenBatchNorm2d
     syncbn.convert(model, include_frozen=True)
-    assert type(model[0]) is SyncBatchNorm
+    assert type(model[0]) is SyncBatchNorm2d
     assert model[0].weight.requires_grad
     torch.testing.assert_close(model(x), wanted)
     (model.train()(x) ** 2).sum().backward()
@@ -238,7 +250,7 @@ def test_frozen_batchnorm_is_listed_and_converted_on_request():
     syncbn.convert(model, process_group=1)
     assert model[0].process_group == 1
     syncbn.convert(model, "gn", num_groups=3)
-    assert [type(m) for m in model] == [SyncBatchNorm, nn.GroupNorm]
+    assert [type(m) for m in model] == [SyncBatchNorm2d, nn.GroupNorm]
     syncbn.revert(model)
     assert type(model[0]) is torchvision().ops.FrozenBatchNorm2d
     assert set(model.state_dict()) == keys
@@ -260,7 +272,7 @@ def test_groupnorm_leaves_no_statistics_and_revert_restores_them():
     assert model[1].num_groups == 2
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     syncbn.convert(model, "syncbn")
-    assert type(model[1]) is SyncBatchNorm
+    assert type(model[1]) is SyncBatchNorm2d
     for m in (model, copied):
         syncbn.revert(m)
         assert type(m[1]) is nn.BatchNorm2d
@@ -303,7 +315,7 @@ def test_a_layer_parametrized_after_conversion_is_not_reverted():
     parametrize.register_parametrization(model[1], "weight", Doubled())
     with pytest.raises(ValueError, match="class of 1 was changed after conversion"):
         syncbn.revert(model)
-    assert type(model[0]) is SyncBatchNorm
+    assert type(model[0]) is SyncBatchNorm1d
 
 
 def test_what_was_written_as_syncbatchnorm_stays_unless_asked():
@@ -322,7 +334,7 @@ def test_plan_touches_nothing_and_says_why():
     before = {n: type(m) for n, m in model.named_modules()}
     rows = syncbn.plan(model, exclude=["head.again.*"])
     assert {n: type(m) for n, m in model.named_modules()} == before
-    assert rows[0] == ("stem.1", "BatchNorm2d", "SyncBatchNorm", "synchronizes")
+    assert rows[0] == ("stem.1", "BatchNorm2d", "SyncBatchNorm2d", "synchronizes")
     assert rows[1] == ("head.again.1", "BatchNorm2d", None, "excluded by 'head.again.*'")
     assert syncbn.plan(model, "gn", num_groups=3)[0].reason.startswith("num_groups=3 does not divide its 4 channels")
     assert syncbn.plan(nn.LazyBatchNorm2d())[0].to is None
@@ -331,7 +343,7 @@ def test_plan_touches_nothing_and_says_why():
 def test_include_and_exclude():
     model = small()
     syncbn.convert(model, include=["head.*"], exclude=["*.again.*"])
-    assert type(model.stem[1]) is SyncBatchNorm  # under its other name, head.bn
+    assert type(model.stem[1]) is SyncBatchNorm2d  # under its other name, head.bn
     assert type(model.head["again"][1]) is nn.BatchNorm2d
     with pytest.raises(ValueError, match=r"write \['head'\]"):
         syncbn.convert(model, include="head")
@@ -360,7 +372,7 @@ def parametrized():
 
 def patched():
     layer = nn.BatchNorm2d(3)
-    layer.forward = layer.forward
+    layer.forward = lambda x: nn.BatchNorm2d.forward(layer, x)
     return layer
 
 

@@ -4,8 +4,7 @@ The order for a training script is: build the model, convert, then compile, shar
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,19 +12,13 @@ from torch import nn
 from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..distributed.subgroups import make_groups
 from ..nn.batchnorm import SyncBatchNorm, name_layers
-from ..private import is_compiled
-from . import norms
+from . import norms, patches, replaced
 from .norms import Norm
-from .rules import CHANGES, Action, Decision, PlanRow, Target, apply, decide, is_family
-from .swap import original_of, restore, swap_to_batchnorm
-from .third_party import wrapper_of
+from .planning import decide_all
+from .rules import CHANGES, Action, Decision, PlanRow, Target, apply
+from .swap import PLAIN, original_class, original_of, restore, swap_to_batchnorm
 
 M = TypeVar("M", bound=nn.Module)
-
-_ORDER = (
-    "The order is: convert, then compile, shard or wrap, then make the optimizer (in a LightningModule that compiles "
-    "itself: call syncbn.convert before it does, in configure_model)."
-)
 
 
 def convert(
@@ -71,7 +64,7 @@ def convert(
         ('GroupNorm', 'BatchNorm2d')
     """
     target = _target(norm, process_group, include_frozen, norm_kwargs)
-    decisions = _decide_all(module, target, include, exclude)
+    decisions = decide_all(module, target, include, exclude)
     name, actions = norms.name_of(norm), {decision.action for _, decision in decisions}
     if actions & (CHANGES | {Action.REFUSE}):  # else nothing is left to do
         refused = [d.row for _, d in decisions if d.action in (Action.REFUSE, Action.REFUSE_WRAPPER)]
@@ -81,16 +74,11 @@ def convert(
     if target.spec is not None:
         make_groups([target.spec])
     for layer, decision in decisions:
-        if decision.action is Action.WARN:
-            warnings.warn(f"syncbn.convert left {decision.row.name} alone: {decision.row.reason}", stacklevel=2)
         apply(decision, layer, target)
-    if norm != "bn" and not any(decision.row.to for _, decision in decisions):
-        warnings.warn(
-            f"syncbn.convert found no layer to convert to {name!r}; syncbn.plan(model) lists why.",
-            stacklevel=2,
-        )
     name_layers(module)
+    replaced.watch(module)
     make_groups(layer.group_spec for layer in module.modules() if isinstance(layer, SyncBatchNorm))
+    _warn(module, name, [decision for _, decision in decisions])
     return module
 
 
@@ -109,7 +97,7 @@ def plan(
     Layers that would make `convert` raise are rows with the reason.
     """
     target = _target(norm, process_group, include_frozen, norm_kwargs)
-    return [decision.row for _, decision in _decide_all(module, target, include, exclude)]
+    return [decision.row for _, decision in decide_all(module, target, include, exclude)]
 
 
 def revert(module: M, *, as_batchnorm: bool = False) -> M:
@@ -126,18 +114,47 @@ def revert(module: M, *, as_batchnorm: bool = False) -> M:
     Raises:
         ValueError: If a converted layer has been parametrized or sharded since; before anything is touched.
     """
-    layers = [(name, layer, original_of(layer)) for name, layer in module.named_modules()]
-    changed = [name for name, layer, original in layers if original and type(layer) is not original.swapped_to]
-    if changed:
-        raise ValueError(
-            f"syncbn.revert: the class of {', '.join(changed)} was changed after conversion (parametrized or "
-            "sharded); undo that first. Nothing was reverted."
+    layers = list(module.named_modules())
+    refused = [problem for name, layer in layers if (problem := _why_not_back(name, layer, as_batchnorm)) is not None]
+    if refused:
+        raise ValueError("\n  ".join(["syncbn.revert: nothing was reverted.", *refused]))
+    lost = [f"{path}, now a {type(layer).__name__}" for path, layer in replaced.find(module)]
+    if lost:
+        warnings.warn(
+            f"syncbn.revert cannot give back {'; '.join(lost)}: {replaced.REASON}. {replaced.REMEDY}", stacklevel=2
         )
-    for _, layer, _ in layers:
+        replaced.clear(module)
+    for _, layer in layers:
+        is_written = as_batchnorm and original_class(layer) in PLAIN
+        if original_of(layer) is not None or is_written:
+            patches.drop_copies(layer, original_class(layer))
         restore(layer)
-        if as_batchnorm and type(layer) is SyncBatchNorm:
+        if is_written:
             swap_to_batchnorm(layer)
     return module
+
+
+def _why_not_back(name: str, layer: nn.Module, as_batchnorm: bool) -> str | None:
+    """Say why `revert` cannot change a layer; None if it can, or has nothing to do."""
+    original, cls = original_of(layer), original_class(layer)
+    if original is not None and type(layer) is not original.swapped_to:
+        return f"the class of {name} was changed after conversion (parametrized or sharded); undo that first."
+    is_written = as_batchnorm and cls in PLAIN
+    patch = patches.patch_of(layer, nn.BatchNorm2d if is_written else cls, cls) if original or is_written else None
+    return None if patch is None else f"{patch} of {name} was set on the instance; undo that first ({patches.UNDO})."
+
+
+def _warn(module: nn.Module, norm: str, decisions: list[Decision]) -> None:
+    """Warn of layers that stay, once for each reason, and if none was converted."""
+    left: dict[str, list[str]] = {}
+    for decision in decisions:
+        if decision.action is Action.WARN:
+            left.setdefault(decision.row.reason, []).append(decision.row.name or "(the module itself)")
+    for reason, names in left.items():
+        warnings.warn(f"syncbn.convert left {', '.join(names)} alone: {reason}", stacklevel=3)
+    if norm != "bn" and not any(decision.row.to for decision in decisions):
+        why = "syncbn.plan(model) lists why" if decisions else f"this {type(module).__name__} has no BatchNorm layer"
+        warnings.warn(f"syncbn.convert found no layer to convert to {norm!r}: {why}.", stacklevel=3)
 
 
 def _target(norm: Norm, process_group: ProcessGroupLike, include_frozen: bool, norm_kwargs: dict[str, Any]) -> Target:
@@ -145,50 +162,3 @@ def _target(norm: Norm, process_group: ProcessGroupLike, include_frozen: bool, n
     if norm != "syncbn" and process_group is not None:
         raise ValueError(f"process_group belongs to norm 'syncbn', not to {norms.name_of(norm)!r}.")
     return Target(norm, None if process_group is None else GroupSpec(process_group), include_frozen, norm_kwargs)
-
-
-def _decide_all(
-    module: nn.Module, target: Target, include: Iterable[str], exclude: Iterable[str]
-) -> list[tuple[nn.Module, Decision]]:
-    filters = _patterns("include", include), _patterns("exclude", exclude)
-    decisions = ((layer, _decide(names, layer, target, *filters)) for names, layer in _walk(module))
-    return [(layer, decision) for layer, decision in decisions if decision is not None]
-
-
-def _walk(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
-    """Yield every module once, with all the names it has."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, layer in module.named_modules(remove_duplicate=False):
-        names.setdefault(layer, []).append(name)
-    return ((aliases, layer) for layer, aliases in names.items())
-
-
-def _decide(
-    names: list[str], layer: nn.Module, target: Target, include: list[str], exclude: list[str]
-) -> Decision | None:
-    """Plan one module; None if it is no layer of the BatchNorm family."""
-    row = PlanRow(names[0], type(layer).__name__, None, "")
-    wrapper = "torch.compile" if is_compiled(layer) else wrapper_of(layer)
-    if wrapper is not None:
-        decision = decide(names[0], layer, target) if is_family(layer) else None
-        if decision is not None and decision.row.reason == "already":
-            return decision
-        reason = f"already wrapped by {wrapper}: convert the module before. {_ORDER}"
-        action = Action.REFUSE_WRAPPER if decision is None else Action.REFUSE
-        return Decision(row._replace(reason=reason), action)
-    if not is_family(layer):
-        return None
-    excluding = next((p for p in exclude for n in names if fnmatchcase(n, p)), None)
-    if excluding is not None:
-        return Decision(row._replace(reason=f"excluded by {excluding!r}"))
-    if include and not any(fnmatchcase(n, p) for n in names for p in include):
-        return Decision(row._replace(reason="not in include"))
-    return decide(names[0], layer, target)
-
-
-def _patterns(argument: str, patterns: Iterable[str]) -> list[str]:
-    if isinstance(patterns, str):
-        raise ValueError(
-            f"{argument}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]."
-        )
-    return list(patterns)

@@ -6,16 +6,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..distributed.groups import GroupSpec
 from ..nn.activated import SyncBatchNormAct
 from ..nn.batchnorm import SyncBatchNorm
-from . import norms, swap
-from .classes import sync_class_of
-from .swap import Original, original_class, original_of
-from .third_party import is_frozen_class, is_frozen_layer
+from . import frozen, norms, patches, problems, swap
+from .classes import converted_class, sync_class_of
+from .swap import original_class, original_of
+from .third_party import FROZEN_BUFFERS, is_frozen_layer
 
 _ISOLATED = norms.key("bn", {})  # of a layer that was written to synchronize, in groups of one
 
@@ -48,11 +46,11 @@ CHANGES = {Action.SET_GROUP, Action.SYNCHRONIZE, Action.ISOLATE, Action.RESTORE,
 
 @dataclass
 class Decision:
-    """One row of the plan, and what is to be done; ``sync_class`` and ``new`` where the action needs them."""
+    """One row of the plan, and what is to be done; the rest where the action needs it."""
 
     row: PlanRow
     action: Action = Action.KEEP
-    sync_class: type[SyncBatchNorm] = SyncBatchNorm
+    becomes: type[nn.Module] = SyncBatchNorm
     new: nn.Module | None = None
     written_spec: GroupSpec = field(default_factory=lambda: GroupSpec(None))  # of an nn.SyncBatchNorm
 
@@ -74,25 +72,25 @@ def is_family(layer: nn.Module) -> bool:
 
 def decide(name: str, layer: nn.Module, target: Target) -> Decision:
     """Decide what becomes of ``layer``, one of the family."""
-    row = PlanRow(name, type(layer).__name__, None, "")
+    decision = _decide(PlanRow(name, type(layer).__name__, None, ""), layer, target)
+    problem = problems.of_change(layer, decision.becomes) if decision.action in CHANGES - {Action.SET_GROUP} else None
+    return decision if problem is None else Decision(decision.row._replace(to=None, reason=problem), Action.REFUSE)
+
+
+def _decide(row: PlanRow, layer: nn.Module, target: Target) -> Decision:
     cls, original = original_class(layer), original_of(layer)
     synchronizes = isinstance(layer, SyncBatchNorm) and (original is None or original.norm is None)
     if synchronizes and target.norm == "syncbn" and target.spec in (None, layer.group_spec):
         return Decision(row._replace(to=row.from_, reason="already"))
-    problem = _problem(layer)
+    problem = problems.of_layer(layer)
     if problem is not None:
         return Decision(row._replace(reason=problem), Action.REFUSE)
-    sync_class = sync_class_of(cls)
+    is_frozen = is_frozen_layer(layer) if original is None else original.frozen is not None
+    sync_class = sync_class_of(cls, is_frozen)
     if sync_class is None:
-        kind = cls.__name__
-        reason = (
-            f"{kind} is a BatchNorm subclass that syncbn does not know. If it only normalizes, call "
-            f"syncbn.register({kind}); if it does more, syncbn.register({kind}, YourSubclass), with a subclass of "
-            "syncbn.SyncBatchNorm that does the same."
-        )
-        return Decision(row._replace(reason=reason), Action.WARN)
+        return Decision(row._replace(reason=problems.of_class(cls)), Action.WARN)
     is_wanted = target.norm in ("syncbn", "bn") and (original is not None or target.include_frozen)
-    if is_frozen_class(cls) and not is_wanted:
+    if is_frozen and not is_wanted:
         reason = "frozen statistics need no synchronization; norm 'syncbn' with include_frozen=True converts it."
         return Decision(row._replace(reason=reason))
     if target.norm == "syncbn":
@@ -108,34 +106,39 @@ def apply(decision: Decision, layer: nn.Module, target: Target) -> None:
         layer.process_group = target.spec  # type: ignore[assignment]
     if decision.action not in CHANGES - {Action.SET_GROUP}:
         return
+    patches.drop_copies(layer, original_class(layer))
     swap.restore(layer)
     if decision.action is Action.SYNCHRONIZE:
         if isinstance(layer, SyncBatchNorm) and target.spec is None:
             return
         to_sync = swap.swap_to_sync if isinstance(layer, _BatchNorm) else swap.swap_frozen_to_sync
-        to_sync(layer, decision.sync_class, target.spec or decision.written_spec)
+        to_sync(layer, decision.becomes, target.spec or decision.written_spec)  # type: ignore[arg-type]
     elif decision.action is Action.ISOLATE:
-        swap.swap_to_sync(layer, decision.sync_class, GroupSpec(1), _ISOLATED)
+        swap.swap_to_sync(layer, decision.becomes, GroupSpec(1), _ISOLATED)  # type: ignore[arg-type]
     elif decision.action is Action.REPLACE:
         assert decision.new is not None
         key = norms.key(target.norm, target.norm_kwargs)
-        swap.swap_to_other(layer, decision.new, key, activate=decision.sync_class is SyncBatchNormAct)
+        swap.swap_to_other(layer, decision.new, key, activate=sync_class_of(original_class(layer)) is SyncBatchNormAct)
 
 
 def _synchronize(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm]) -> Decision:
-    original = original_of(layer)
-    row = row._replace(to=sync_class.__name__, reason="synchronizes")
+    cls, original = original_class(layer), original_of(layer)
+    becomes, why_alone = converted_class(cls, sync_class)
+    alone = "" if why_alone is None else f", as a {becomes.__name__} that is no {cls.__name__}: {why_alone}"
+    row = row._replace(to=becomes.__name__, reason=f"synchronizes{alone}")
     if isinstance(layer, SyncBatchNorm) and original is not None and original.norm is None:
         return Decision(row._replace(reason="another group"), Action.SET_GROUP)
-    needed = {"weight", "bias", "running_mean", "running_var"}
-    if original is None and not isinstance(layer, _BatchNorm) and not needed <= layer._buffers.keys():
-        return Decision(
-            row._replace(to=None, reason=f"without the buffers {', '.join(sorted(needed))}"), Action.REFUSE
-        )
+    if original is None and not isinstance(layer, _BatchNorm):
+        missing = [name for name in FROZEN_BUFFERS if layer._buffers.get(name) is None]
+        if missing:
+            return Decision(row._replace(to=None, reason=f"without the buffers {', '.join(missing)}"), Action.REFUSE)
+        if frozen.eps_of(layer) is None:
+            reason = f"{cls.__name__} does more than normalize with its buffers; include_frozen cannot convert it."
+            return Decision(row._replace(to=None, reason=reason), Action.WARN)
     kept = layer.__dict__ | ({} if original is None else original.attributes)
     group = kept.get("process_group")
     spec = group if isinstance(group, GroupSpec) else GroupSpec(group)
-    return Decision(row, Action.SYNCHRONIZE, sync_class, written_spec=spec)
+    return Decision(row, Action.SYNCHRONIZE, becomes, written_spec=spec)
 
 
 def _stop_synchronizing(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm]) -> Decision:
@@ -149,12 +152,12 @@ def _stop_synchronizing(row: PlanRow, layer: nn.Module, sync_class: type[SyncBat
         return Decision(row._replace(reason="already"))
     if was_written_to:
         return Decision(row._replace(reason="in groups of one"), Action.ISOLATE, sync_class)
-    return Decision(row._replace(reason="as written"), Action.RESTORE)
+    return Decision(row._replace(reason="as written"), Action.RESTORE, cls)
 
 
 def _replace(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], target: Target) -> Decision:
     cls, original = original_class(layer), original_of(layer)
-    if sync_class not in (SyncBatchNorm, SyncBatchNormAct):
+    if sync_class not in (*swap.PLAIN, SyncBatchNormAct):
         reason = f"{cls.__name__} does more than normalize; only its synchronized class is registered."
         return Decision(row._replace(reason=reason), Action.WARN)
     if original is not None and original.norm == norms.key(target.norm, target.norm_kwargs):
@@ -163,20 +166,4 @@ def _replace(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], ta
         new = norms.make(target.norm, swap.original_twin(layer), target.norm_kwargs)
     except (ValueError, TypeError) as error:
         return Decision(row._replace(reason=str(error) or repr(error)), Action.REFUSE)
-    return Decision(row._replace(to=type(new).__name__, reason="replaced"), Action.REPLACE, sync_class, new)
-
-
-def _problem(layer: nn.Module) -> str | None:
-    """Say why a chosen layer cannot be converted as it is now."""
-    original: Original | None = original_of(layer)
-    if isinstance(layer, LazyModuleMixin):
-        return "a lazy layer does not know its channels yet: run one batch first, then convert."
-    if is_parametrized(layer):
-        return "a parametrized layer: remove_parametrizations first, or leave it out with exclude."
-    if original is not None and type(layer) is not original.swapped_to:
-        return f"its class was changed to {type(layer).__name__} after it was converted: undo that first."
-    if "forward" in layer.__dict__:
-        return (
-            "its forward was set on the instance (as accelerate does) and would go on unsynchronized: convert before."
-        )
-    return None
+    return Decision(row._replace(to=type(new).__name__, reason="replaced"), Action.REPLACE, type(new), new)

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from ..distributed.groups import GroupSpec
 from ..nn.batchnorm import SyncBatchNorm
+from ..nn.converted import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from . import frozen, replaced
 
+PLAIN = (SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
 _MODULE_STATE = frozenset(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 
@@ -26,7 +29,7 @@ class Original:
     swapped_to: type[nn.Module]
     norm: tuple[Any, ...] | None = None  # the norm and its keyword arguments (norms.key); None for "syncbn"
     sync_state: dict[str, Any] = field(default_factory=dict)  # what a layer that was a SyncBatchNorm kept on itself
-    was_frozen: bool = False  # a FrozenBatchNorm2d, whose weight and bias are buffers
+    frozen: dict[str, Any] | None = None  # of a FrozenBatchNorm2d: what `frozen.freeze_again` takes
     attributes: dict[str, Any] = field(default_factory=dict)  # taken away or overwritten
     added: list[str] = field(default_factory=list)  # attributes it did not have
     members: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameters, buffers, modules, if exchanged
@@ -55,23 +58,17 @@ def swap_to_sync(
     if "process_group" in layer.__dict__:  # nn.SyncBatchNorm's; as a spec it can be copied and pickled
         original.attributes["process_group"] = GroupSpec(layer.__dict__.pop("process_group"))
     _set_class(layer, original)
-    original.sync_state = sync_class._adopt(layer, original.cls, spec)  # type: ignore[arg-type]
+    original.sync_state = sync_class._adopt(layer, spec)  # type: ignore[arg-type]
 
 
 def swap_frozen_to_sync(layer: nn.Module, sync_class: type[SyncBatchNorm], spec: GroupSpec) -> None:
     """Make a FrozenBatchNorm2d a ``sync_class``: its weight and bias, which are buffers, become parameters."""
-    mean = layer._buffers["running_mean"]
-    assert mean is not None
-    attributes = _attributes(nn.BatchNorm2d(len(mean), device="meta"))
-    added = [name for name in attributes if name not in layer.__dict__]
-    _set_class(layer, Original(type(layer), sync_class, added=added, was_frozen=True))
-    layer.__dict__.update({name: attributes[name] for name in added})
-    sync_class._adopt(layer, original_class(layer), spec)  # type: ignore[arg-type]
-    for name in ("weight", "bias"):
-        buffer = layer._buffers.pop(name)
-        assert buffer is not None
-        layer.register_parameter(name, nn.Parameter(buffer))
-    layer.register_buffer("num_batches_tracked", torch.tensor(0, device=mean.device))
+    eps = frozen.eps_of(layer)
+    assert eps is not None
+    original = Original(type(layer), sync_class)
+    _set_class(layer, original)
+    sync_class._adopt(layer, spec)  # type: ignore[arg-type]
+    original.frozen = frozen.to_parameters(layer, eps)
 
 
 def swap_to_other(layer: nn.Module, new: nn.Module, norm: tuple[Any, ...], activate: bool = False) -> None:
@@ -123,6 +120,7 @@ def restore(layer: nn.Module) -> None:
     original = original_of(layer)
     if original is None:
         return
+    replaced.forget(layer)
     for key in [key for key, hook in layer._forward_hooks.items() if hook is _activate]:
         del layer._forward_hooks[key]
     if isinstance(layer, SyncBatchNorm):
@@ -134,15 +132,17 @@ def restore(layer: nn.Module) -> None:
         layer.__dict__[name] = value.given() if isinstance(value, GroupSpec) else value
     if original.members:
         _restore_members(layer, original)
-    elif original.was_frozen:
-        _freeze_again(layer)
+    elif original.frozen is not None:
+        frozen.freeze_again(layer, original.frozen)
 
 
 def swap_to_batchnorm(layer: SyncBatchNorm) -> None:
-    """Make a layer that was written as a SyncBatchNorm the nn.BatchNorm of its last input's dimensions."""
+    """Make a layer that was written as one of PLAIN nn.BatchNorm; of its last input's dimensions, if none is said."""
     by_dims = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    replaced.forget(layer)
     dims = layer._release({})
-    layer.__class__ = by_dims.get(dims or 4, nn.BatchNorm2d)  # type: ignore[assignment]
+    is_one = [cls for cls in by_dims.values() if isinstance(layer, cls)]
+    layer.__class__ = is_one[0] if is_one else by_dims.get(dims or 4, nn.BatchNorm2d)  # type: ignore[assignment]
 
 
 def _set_class(layer: nn.Module, original: Original) -> None:
@@ -186,11 +186,3 @@ def _moved(old: Tensor | None, anchor: Tensor | None, cast: torch.dtype | None) 
         return old
     new = old.to(anchor.device, cast if old.is_floating_point() else None)
     return nn.Parameter(new, old.requires_grad) if new is not old and isinstance(old, nn.Parameter) else new
-
-
-def _freeze_again(layer: nn.Module) -> None:
-    affine = {name: layer._parameters.pop(name) for name in ("weight", "bias")}
-    layer._buffers.pop("num_batches_tracked")
-    statistics = dict(layer._buffers)
-    layer._buffers.clear()
-    layer._buffers.update({name: value.detach() for name, value in affine.items() if value is not None} | statistics)

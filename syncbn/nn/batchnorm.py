@@ -62,7 +62,6 @@ class SyncBatchNorm(BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
 
-    _converted_from: type[nn.Module] | None = None  # None for a layer that was written as it is
     _layer_name: str | None = None  # "path (class of the model)", for messages
     _last_dims: int | None = None  # dimensions of the last input; None if there was none
     group_spec: GroupSpec  # process_group as a value that copies and pickles
@@ -104,11 +103,8 @@ class SyncBatchNorm(BatchNorm):
         return evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, mask)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Check what the class that the layer was converted from checks, as nn.BatchNorm2d wants 4 dimensions."""
-        cls = self._converted_from
-        if cls is not None and not issubclass(cls, SyncBatchNorm):
-            getattr(cls, "_check_input_dim", lambda *_: None)(self, input)
-        elif not torch.compiler.is_compiling():
+        """Note the dimensions; a class of converted layers checks them instead, as nn.BatchNorm2d wants 4."""
+        if not torch.compiler.is_compiling():
             self.__dict__["_last_dims"] = input.dim()  # Module's own way takes longer
 
     def _enter_ddp(self, module: Any) -> None:
@@ -120,10 +116,10 @@ class SyncBatchNorm(BatchNorm):
             self._layer_name = f"SyncBatchNorm({self.num_features})"
             name_layers(module.module)
 
-    def _adopt(self, original: type[nn.Module], spec: GroupSpec) -> dict[str, Any]:
+    def _adopt(self, spec: GroupSpec) -> dict[str, Any]:
         """Begin as a layer that was of another class so far; return what `_release` takes to end it."""
         before = {name: self.__dict__.pop(name) for name in _STATE if name in self.__dict__}
-        self.__dict__.update(group_spec=spec, _converted_from=original)
+        self.__dict__.update(group_spec=spec)
         return before
 
     def _release(self, before: dict[str, Any]) -> int | None:
@@ -131,6 +127,9 @@ class SyncBatchNorm(BatchNorm):
         state = {name: self.__dict__.pop(name, None) for name in _STATE}
         self.__dict__.update(before)
         return state["_last_dims"]  # type: ignore[no-any-return]
+
+    def _get_name(self) -> str:
+        return f"syncbn.{type(self).__name__}"  # in print, to be told from torch's
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments, the process group only where it is not the world."""
@@ -145,7 +144,7 @@ class SyncBatchNorm(BatchNorm):
         return convert(module, process_group=process_group)
 
 
-_STATE = ("group_spec", "_converted_from", "_layer_name", "_last_dims")
+_STATE = ("group_spec", "_layer_name", "_last_dims")
 
 
 def name_layers(model: nn.Module) -> None:

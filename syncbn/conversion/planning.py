@@ -1,0 +1,97 @@
+"""Walk over a model, and decide what becomes of every layer that has statistics of batches."""
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..nn.frozen import FrozenStatistics
+from ..private import is_compiled
+from . import replaced
+from .classes import sync_class_of
+from .rules import Action, Decision, PlanRow, Target, decide, is_family
+from .swap import original_of
+from .third_party import advice, is_frozen_layer, keeps_statistics, wrapper_of
+
+_ORDER = "The order is: convert, then compile, shard or wrap, then make the optimizer."
+
+
+def decide_all(
+    module: nn.Module, target: Target, include: Iterable[str], exclude: Iterable[str]
+) -> list[tuple[nn.Module, Decision]]:
+    """Decide about each layer once, in the order of `named_modules`."""
+    filters = _patterns("include", include), _patterns("exclude", exclude)
+    inside = _inside_unknown(module)
+    taken = {layer for _, layer in replaced.find(module)}
+    decisions = []
+    for names, layer in _walk(module):
+        decision = _decide(module, names, layer, target, *filters)
+        if decision is None:
+            continue
+        if layer in inside and original_of(layer) is None and decision.row.reason != "already":
+            reason = f"it belongs to {inside[layer]}, which stays as it is."
+            decision = Decision(decision.row._replace(to=None, reason=reason))
+        if layer in taken:
+            decision.row = decision.row._replace(reason=f"{decision.row.reason}; {replaced.REASON}")
+        decisions.append((layer, decision))
+    return decisions
+
+
+def _walk(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
+    """Yield every module once, with all the names it has."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, layer in module.named_modules(remove_duplicate=False):
+        names.setdefault(layer, []).append(name)
+    return ((aliases, layer) for layer, aliases in names.items())
+
+
+def _inside_unknown(module: nn.Module) -> dict[nn.Module, str]:
+    """Return what belongs to BatchNorms of unknown classes, whose forward uses it as they please, and to which."""
+    inside: dict[nn.Module, str] = {}
+    for name, layer in module.named_modules():
+        is_written = is_family(layer) and original_of(layer) is None
+        if is_written and sync_class_of(type(layer), is_frozen_layer(layer)) is None:
+            label = f"{name or 'the module itself'} ({type(layer).__name__})"
+            inside.update({part: label for part in layer.modules() if part is not layer and part not in inside})
+    return inside
+
+
+def _decide(
+    root: nn.Module, names: list[str], layer: nn.Module, target: Target, include: list[str], exclude: list[str]
+) -> Decision | None:
+    """Plan one module; None if it has no statistics of batches."""
+    row = PlanRow(names[0], type(layer).__name__, None, "")
+    wrapper = "torch.compile" if is_compiled(layer) else wrapper_of(layer)
+    if wrapper is not None:
+        decision = decide(names[0], layer, target) if is_family(layer) else None
+        if decision is not None and decision.row.reason == "already":
+            return decision
+        reason = f"already wrapped by {wrapper}: {advice(root, wrapper)}. {_ORDER}"
+        action = Action.REFUSE_WRAPPER if decision is None else Action.REFUSE
+        return Decision(row._replace(reason=reason), action)
+    is_foreign = not is_family(layer)
+    if is_foreign and (isinstance(layer, FrozenStatistics) or not keeps_statistics(layer)):
+        return None
+    excluding = next((p for p in exclude for n in names if fnmatchcase(n, p)), None)
+    if excluding is not None:
+        return Decision(row._replace(reason=f"excluded by {excluding!r}"))
+    if include and not any(fnmatchcase(n, p) for n in names for p in include):
+        return Decision(row._replace(reason="not in include"))
+    return _foreign(row, layer, target) if is_foreign else decide(names[0], layer, target)
+
+
+def _foreign(row: PlanRow, layer: nn.Module, target: Target) -> Decision:
+    """Leave a module alone that keeps statistics and is no BatchNorm; what is inside is planned by itself."""
+    reason = (
+        f"{type(layer).__name__} keeps running statistics and is no subclass of torch's BatchNorm, so syncbn cannot "
+        "convert it: they stay those of each rank, unless it synchronizes them itself."
+    )
+    return Decision(row._replace(reason=reason), Action.WARN if target.norm == "syncbn" else Action.KEEP)
+
+
+def _patterns(argument: str, patterns: Iterable[str]) -> list[str]:
+    if isinstance(patterns, str):
+        raise ValueError(
+            f"{argument}: expected a list of patterns, got the string {patterns!r}; write [{patterns!r}]."
+        )
+    return list(patterns)
