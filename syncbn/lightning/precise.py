@@ -100,7 +100,7 @@ def _check_forward(module: LightningModule) -> None:
         reason = "has none"
     else:
         try:
-            inspect.signature(forward).bind(None)
+            inspect.getcallargs(forward, None)
         except TypeError as error:
             reason = f"is called with the first item of a batch alone: {error}"
         except ValueError:  # a forward without a signature
