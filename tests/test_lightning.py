@@ -144,6 +144,38 @@ def test_two_ranks_follow_one_process_step_by_step(run, tmp_path, name):
             torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-10)
 
 
+class Adapted(Project):
+    """A part in front of all layers that rank 0 alone uses; on one process, for its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapter = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        if self.trainer.world_size == 1:
+            x = torch.stack([x[i] if i % 2 else self.adapter(x[i]) for i in range(len(x))])
+        elif self.global_rank == 0:
+            x = self.adapter(x)
+        return super().forward(x)
+
+
+def fit_with_unused(rank, world_size, path):
+    clean_environment()
+    module, options = Adapted(), {"find_unused_parameters": True, "bucket_cap_mb": 1e-6, **DDP_OPTIONS}
+    options = {"strategy": DDPStrategy(process_group_backend="gloo", **options)} if world_size > 1 else {}
+    run = trainer(rank, world_size, path, callbacks=[NormConverter()], **options)
+    run.fit(module, loader(rank, world_size, 12 // world_size))
+    return module.seen
+
+
+def test_parameters_unused_on_one_rank(run, tmp_path):
+    (one,) = run(fit_with_unused, 1, str(tmp_path), initialize=False)
+    for seen in run(fit_with_unused, 2, str(tmp_path)):
+        assert len(seen) == len(one) == 4
+        for step, wanted in zip(seen, one, strict=True):
+            torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-10)
+
+
 @NAMESPACES
 def test_the_plugin_does_the_same_for_a_fit_and_reverts_after_it(run, tmp_path, name):
     ((one, _),) = run(fit, 1, str(tmp_path), [], initialize=False)
