@@ -35,9 +35,11 @@ ANYWHERE = {
     "ray is not installed",
     "SLURM is not installed",
 }
-# Packages of docs/frameworks.md: `make test-slow` installs them.
-FRAMEWORKS = {"accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine"}
-FRAMEWORKS |= {"transformers", "torch_geometric"}  # of which tests convert layers
+# Packages of docs/frameworks.md and of tests/zoo.py: `make test-slow` installs them.
+FRAMEWORKS = {
+    "accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine", "transformers",
+    "torch_geometric", "lightly",
+}  # fmt: skip
 ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS}
 MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | OF_OLD_LIGHTNING | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()
