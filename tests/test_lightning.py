@@ -161,8 +161,10 @@ class Adapted(Project):
 
 def fit_with_unused(rank, world_size, path):
     clean_environment()
-    module, options = Adapted(), {"find_unused_parameters": True, "bucket_cap_mb": 1e-6, **DDP_OPTIONS}
-    options = {"strategy": DDPStrategy(process_group_backend="gloo", **options)} if world_size > 1 else {}
+    module, options = Adapted(), {}
+    if world_size > 1:
+        unused = {"find_unused_parameters": True, "bucket_cap_mb": 1e-6, **DDP_OPTIONS}
+        options["strategy"] = lightning.pytorch.strategies.DDPStrategy(process_group_backend="gloo", **unused)
     run = trainer(rank, world_size, path, callbacks=[NormConverter()], **options)
     run.fit(module, loader(rank, world_size, 12 // world_size))
     return module.seen
