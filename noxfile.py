@@ -30,8 +30,8 @@ TOOLS = ["pytest>=9", "pytest-timeout", "hypothesis"]
 CORE = [
     "audit", "batchnorm", "build", "collectives", "compat", "convert", "cpu_kernels", "cuda_kernels", "ddp", "debug",
     "detection", "ecosystem", "freeze", "functional", "gans", "ghost", "gpu_check", "layers", "lightning",
-    "many_ranks", "norms", "precise", "precision", "properties", "recompute", "selfsupervision", "triton_kernels",
-    "triton_launch",
+    "lightning_averages", "lightning_namespaces", "many_ranks", "norms", "precise", "precision", "properties",
+    "recompute", "selfsupervision", "triton_kernels", "triton_launch",
 ]  # fmt: skip
 EXPERIMENTS = [
     "bench", "classifiers", "compare", "comparison_grid", "comparison_page", "comparison_runner",

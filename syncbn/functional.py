@@ -1,15 +1,14 @@
 """Normalize a batch that is spread over ranks: the layer as a function."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed.exchange import group_of
 from .distributed.groups import GroupSpec, ProcessGroupLike
-from .ops.autograd import train_step
+from .local import evaluate, one_process
+from .masked.step import plain_step
+from .ops.autograd import is_transformed, train_step
 from .ops.checks import check_input
 from .ops.reference import Running
-from .private import running_backward
 
 
 def sync_batch_norm(
@@ -22,6 +21,7 @@ def sync_batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     process_group: ProcessGroupLike | GroupSpec = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Normalize ``input`` with the statistics of the batch on all ranks of ``process_group``.
 
@@ -43,40 +43,26 @@ def sync_batch_norm(
         momentum: Part of the batch in the new running statistics; a tensor is not read back to the host.
         eps: Added to the variance under the root.
         process_group: None for all ranks, a number of consecutive ranks, "node", a ProcessGroup or a DeviceMesh.
+        mask: Broadcastable to ``(N, 1, *)``: a bool, True where ``input`` is valid, or weights of 0 or more, of a
+            floating dtype. Statistics, with ``n = sum(mask)`` values per channel, and gradients are those of the valid
+            positions of all ranks, whatever the others hold; there the output is 0, in eval mode too.
 
     Returns a tensor of the shape, dtype and memory format of ``input``.
 
     Raises:
         ValueError: If ``input`` has another shape or dtype than stated (half types go with float32 parameters too),
-            or a device without float64; if ``eps`` is not positive in training; on every rank alike, if all ranks
-            together have one value per channel.
+            is sparse, nested or, in training, a DTensor, or on a device without float64; if ``eps`` is not positive in
+            training; if ``mask`` has another shape, dtype or device, or requires a gradient; on every rank alike, if
+            all ranks together have one value per channel (a total weight in (0, 1]), or a weight is negative or not
+            finite.
     """
     check_input(input, weight, running_mean, eps if training else None)
     if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+        return evaluate(input, running_mean, running_var, weight, bias, eps, mask)
     spec = process_group if isinstance(process_group, GroupSpec) else GroupSpec(process_group)
     group, running = group_of(spec, "sync_batch_norm"), Running(running_mean, running_var, None, momentum)
-    if group is None:
+    if group is None and mask is None:
         return one_process(input, weight, bias, running, eps)
+    if mask is not None or is_transformed():
+        return plain_step(input, weight, bias, running, eps, group, "sync_batch_norm", mask=mask)
     return train_step(input, weight, bias, running, eps, group, "sync_batch_norm")
-
-
-def one_process(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float) -> Tensor:
-    """Do a training step where there is nothing to exchange, by ``F.batch_norm``; nothing is read back to the host."""
-    running_mean, running_var, num_batches_tracked, momentum = running
-    if not torch.compiler.is_compiling() and running_backward() != -1:
-        momentum = 0.0  # a recomputation: the first pass has moved them
-    elif num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1.0 / num_batches_tracked.double()
-    if not isinstance(momentum, Tensor) or running_mean is None or running_var is None:
-        factor = 0.0 if isinstance(momentum, Tensor) else momentum
-        return F.batch_norm(x, running_mean, running_var, weight, bias, True, factor, eps)
-    # F.batch_norm takes a number: let it write the batch's own statistics, and average with the tensor.
-    mean, var = running_mean.clone(), running_var.clone()
-    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
-    with torch.no_grad():
-        running_mean.lerp_(mean, momentum.to(mean.dtype))
-        running_var.lerp_(var, momentum.to(var.dtype))
-    return y

@@ -1,5 +1,6 @@
 """Private names of torch, looked up once, each with what is done where it is missing."""
 
+import hashlib
 import importlib.util
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,8 @@ from .compat import all_gather_single
 # Without these: plain operators, no C++ kernels.
 are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# Without it: forward-mode AD in training is refused by autograd, which knows no jvp of the step.
+dual_level: Any = partial(getattr, torch.autograd.forward_ad, "_current_level", -1)
 jit_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
 _get_mode: Any = getattr(torch._C, "_get_dispatch_mode", None)
 _recorders = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "__members__", {}).values()
@@ -41,6 +44,8 @@ _get_backend: Any = getattr(dist.ProcessGroup, "_get_backend", None)
 _c10d: Any = getattr(dist, "distributed_c10d", None)  # not in a torch without distributed
 _has_world = hasattr(_c10d, "_world")  # looked up at each call: ranks that are threads have one each
 _get_default_store = getattr(_c10d, "_get_default_store", None)
+_NOTE = "syncbn: "
+_new_group = getattr(_c10d, "_new_process_group_helper", None)
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
 
 
@@ -62,6 +67,11 @@ def known_groups() -> list[Any] | None:
     return list(_c10d._world.pg_map) if _has_world else None
 
 
+def group_named(name: str) -> Any:
+    """Return the process group of a name, None if that cannot be known."""
+    return next((group for group in known_groups() or () if group.group_name == name), None)
+
+
 def timeout_of(group: Any) -> timedelta | None:
     """Read a group's time-out, which new groups do not inherit by themselves; None (torch's default) if unknown."""
     for device in ("cpu", "cuda") if _get_backend is not None else ():
@@ -71,6 +81,29 @@ def timeout_of(group: Any) -> timedelta | None:
             continue
         return timeout
     return None
+
+
+def group_of_members(ranks: tuple[int, ...], like: Any, what: str) -> Any:
+    """Make a group of ``ranks``, with the backend and time-out of the group ``like``: a collective of these alone.
+
+    torch names groups by a counter, which some ranks must not advance alone: later groups of all would deadlock. So
+    only a group of all is made by torch's public function, and others have names of their own. Without the private
+    names those too are made by it. ``what`` is for messages, see `note_of`.
+    """
+    timeout, backend, size = timeout_of(like), dist.get_backend(like), dist.get_world_size()
+    options: dict[str, Any] = {"timeout": timeout, "group_desc": _NOTE + what}
+    if len(ranks) == size or _new_group is None or not _has_world or timeout is None:
+        return dist.new_group(list(ranks), backend=backend, use_local_synchronization=len(ranks) < size, **options)
+    name = f"syncbn_{like.group_name}_{hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()[:12]}"
+    rank = ranks.index(dist.get_rank())
+    group, _ = _new_group(len(ranks), rank, list(ranks), backend, default_store(), name, **options)
+    _c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
+    return group
+
+
+def note_of(group: Any) -> str:
+    """Return what `group_of_members` was given for messages, "" for another group."""
+    return str(getattr(group, "group_desc", "")).partition(_NOTE)[2]
 
 
 def default_store() -> Any:
@@ -120,3 +153,20 @@ def all_reduce_in_graph(packed: Tensor, group: Any) -> Tensor:
 
     summed: Tensor = functional.all_reduce(packed, "sum", group)
     return summed
+
+
+def checkpoint_frame() -> tuple[Any, bool]:
+    """Find the innermost non-reentrant checkpoint, and whether this is its first pass; (None, False) if there is none.
+
+    It is in the closure of the hook that packs saved tensors: ``frame``, or ``target_frame_ref`` in a recomputation.
+    """
+    hooks = top_saved_tensors_hooks(True)
+    pack: Any = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks else None
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return None, False
+    names = pack.__code__.co_freevars
+    cells = dict(zip(names, (cell.cell_contents for cell in pack.__closure__ or ()), strict=True))
+    if "frame" in cells:
+        return cells["frame"], True
+    reference = cells.get("target_frame_ref")
+    return (reference() if reference is not None else None), False

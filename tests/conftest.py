@@ -26,6 +26,7 @@ OF_OLD_TORCH = {
     "DDP has no forward_sync_buffers before torch 2.13",
     "torch 2.6 has no fully_shard for the CPU",
 }
+OF_OLD_LIGHTNING = {"Lightning has no WeightAveraging before 2.6"}
 # What an environment of `make test` may lack: Ray, and what comes with the operating system.
 ANYWHERE = {
     "chromium is not installed",
@@ -34,17 +35,19 @@ ANYWHERE = {
     "ray is not installed",
     "SLURM is not installed",
 }
-# Packages of docs/frameworks.md: `make test-slow` installs them.
-FRAMEWORKS = {"accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine"}
-FRAMEWORKS |= {"transformers", "torch_geometric"}  # of which tests convert layers
+# Packages of docs/frameworks.md and of tests/zoo.py: `make test-slow` installs them.
+FRAMEWORKS = {
+    "accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine", "transformers",
+    "torch_geometric", "lightly",
+}  # fmt: skip
 ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS}
-MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | {*OPTIONAL.values()}
+MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | OF_OLD_LIGHTNING | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()
 
 
 def pytest_addoption(parser):
-    text = "cuda: test_batchnorm.py alone; NCCL for up to as many ranks as GPUs, else gloo ranks that share the GPUs"
+    text = "cuda: the tests marked gpu; NCCL for up to as many ranks as GPUs, else gloo ranks that share the GPUs"
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help=text)
 
 
@@ -69,10 +72,10 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Run the matrix on GPUs, which every test of that file is written for."""
+    """Run on GPUs what is written for them."""
     if config.getoption("--device") == "cuda":
-        others = [item for item in items if item.path.name != "test_batchnorm.py"]
-        items[:] = [item for item in items if item.path.name == "test_batchnorm.py"]
+        others = [item for item in items if item.get_closest_marker("gpu") is None]
+        items[:] = [item for item in items if item not in others]
         config.hook.pytest_deselected(items=others)
 
 

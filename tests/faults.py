@@ -38,6 +38,19 @@ class Net(nn.Module):
         return x
 
 
+class WithParts(Net):
+    """A part that rank 0 alone uses, in front, and one that rank 1 alone uses, behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(5, 5)]).double()
+
+    def forward(self, x, rank=None):
+        num_first = 4 if rank is None else (1 - rank) * len(x)  # rows of rank 0
+        x = super().forward(torch.cat([self.parts[0](x[:num_first]), x[num_first:]]) if num_first else x)
+        return torch.cat([x[:num_first], self.parts[1](x[num_first:])]) if num_first < len(x) else x
+
+
 class Branches(nn.Module):
     """Two layers that do not wait for each other, of different sizes."""
 
@@ -114,6 +127,11 @@ def skips_a_layer_in_ddp(rank, world_size):
     return train(rank, lambda model, x: learn(model(x, ("norm1", None, "norm3"))), model)
 
 
+def uses_other_parameters_in_ddp(rank, world_size):
+    model = in_ddp(WithParts(), find_unused_parameters=True, bucket_cap_mb=1e-6)
+    return result(model.module, train(rank, model=model, usual=lambda model, x: learn(model(x, rank)))["y"])
+
+
 def skips_a_layer_under_torchs_checks(rank, world_size):
     """With what torch itself compares, in a group made under ``TORCH_DISTRIBUTED_DEBUG=DETAIL``."""
     os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
@@ -124,6 +142,19 @@ def skips_a_layer_under_torchs_checks(rank, world_size):
 
 def skips_the_last_layer(rank, world_size):
     return train(rank, lambda model, x: learn(model(x, ("norm1", "norm2", None))))
+
+
+def skips_a_layer_for_one_row(rank, world_size):
+    """A layer that the data decide on, as PyG's BatchNorm with ``allow_single_element``."""
+    return train(rank, _with_rows(("norm1", None, "norm3")), syncbn.convert(Net((6, 6, 6))), sized(3, 1))
+
+
+def skips_all_layers_for_one_row(rank, world_size):
+    return train(rank, _with_rows((None, None, None)), batches=sized(3, 1))
+
+
+def _with_rows(order):
+    return lambda model, x: learn(model(x, order if len(x) == 1 else IN_ORDER))
 
 
 def swaps_layers_of_one_size(rank, world_size):

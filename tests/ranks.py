@@ -52,4 +52,5 @@ def _prepare(device):
         warnings.filterwarnings(action, message, getattr(builtins, category))
     for message in ("`torch.jit.script", ".*autograd.function.Function.* should not be instantiated"):
         warnings.filterwarnings("ignore", message, DeprecationWarning)  # torch 2.13's own, while it compiles
+    warnings.filterwarnings("ignore", "`torch.jit.script`", FutureWarning)  # torch's own, of jvp
     warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")

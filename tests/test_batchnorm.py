@@ -7,6 +7,8 @@ import torch
 from oracle import Case, compare, make_case, run_case, truth
 from ranks import RankError
 
+pytestmark = pytest.mark.gpu
+
 # Relative to the largest value: float64 and float32 as promised for mean/std <= 100; half types at the rounding of
 # their own output (2^-8 and 2^-11), doubled for the rounding of dx after that of y's factors.
 RTOL = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}

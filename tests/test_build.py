@@ -1,4 +1,4 @@
-"""ops/build.py: a library is built once, by one of several processes or by all, where nobody else can write."""
+"""build.py: a library is built once, by one of several processes or by all, where nobody else can write."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import syncbn
-from syncbn.ops import build
+from syncbn import build
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler is installed"
@@ -57,7 +57,7 @@ def test_the_cache_is_used_until_something_changes(source, home, builds, monkeyp
 
 
 def test_processes_that_start_together(source, home):
-    code = "import pathlib, sys; from syncbn.ops import build; print(build.load(pathlib.Path(sys.argv[1])).number())"
+    code = "import pathlib, sys; from syncbn import build; print(build.load(pathlib.Path(sys.argv[1])).number())"
     env = os.environ | {"PYTHONPATH": str(Path(syncbn.__file__).parents[1])}
     command = [sys.executable, "-c", code, str(source)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env=env) for _ in range(2)]

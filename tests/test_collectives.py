@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from oracle import compare, make_case, run_case, truth
 from ranks import RankError
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
 from syncbn import compat
@@ -229,14 +229,55 @@ def test_unusable_specs(spec):
         syncbn.SyncBatchNorm(2, process_group=spec)
 
 
-def mesh_of_two_dimensions(rank, world_size):
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
-    with pytest.raises(ValueError, match="one dimension"):
-        syncbn.SyncBatchNorm(2, process_group=mesh)
+def meshes(rank, world_size):
+    """All ranks of a mesh share: the world, a part of it, one rank; in copies, pickles and a further world too."""
+    whole = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("a", "b", "c"))
+    rows = DeviceMesh("cpu", [[[0], [3]], [[1], [2]]], mesh_dim_names=("row", "b", "c"))
+    given = [whole, whole["a", "b"], whole["b", "c"], rows["b", "c"], rows["c"]]
+    layers = [syncbn.SyncBatchNorm(2, process_group=mesh) for mesh in given]
+    assert layers[0].group_spec.resolve() is dist.group.WORLD
+    assert layers[4].group_spec.resolve() is None
+    assert all(layer.process_group is mesh for layer, mesh in zip(layers, given, strict=True))
+    assert "DeviceMesh" in repr(layers[3])
+    again = [copy.deepcopy(layers[3]), pickle.loads(pickle.dumps(layers[3]))]
+    assert members(again[0]) == members(again[1]) == members(layers[3])
+    assert again[1].group_spec.resolve() is layers[3].group_spec.resolve()
+    assert again[1].group_spec.resolve()._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 22
+    dist.new_group([0, 1])  # named as on the others, whatever was made beside
+    return [members(layer) for layer in layers]
 
 
-def test_a_mesh_of_two_dimensions(run):
-    run(mesh_of_two_dimensions, 2)
+def test_meshes_of_several_dimensions(run):
+    for rank, found in enumerate(run(meshes, 4, timeout=44)):
+        row, column = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
+        assert found == [[0, 1, 2, 3], column, row, [0, 3] if rank in (0, 3) else [1, 2], [rank]]
+
+
+def mesh_of_the_others(rank, world_size):
+    mesh = DeviceMesh("cpu", [[0, 1]])
+    if rank == 2:
+        with pytest.raises(ValueError, match="expected a DeviceMesh that rank 2 is in, got"):
+            syncbn.SyncBatchNorm(2, process_group=mesh)
+        return None
+    layer = syncbn.SyncBatchNorm(2, process_group=mesh)  # made by these two alone
+    before = members(layer), members(syncbn.SyncBatchNorm(2, process_group=mesh))
+    dist.destroy_process_group(layer.group_spec.resolve())
+    return before
+
+
+def test_a_mesh_that_this_rank_is_not_in(run):
+    assert run(mesh_of_the_others, 3, timeout=40) == [([0, 1], [0, 1])] * 2 + [None]
+
+
+def compiled_mesh(rank, world_size):
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("a", "b", "c"))["b", "c"]
+    layer = syncbn.SyncBatchNorm(2, process_group=mesh, momentum=1.0)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.full((2, 2), float(rank)))
+    return layer.running_mean.tolist()
+
+
+def test_compile_with_a_mesh_of_several_dimensions(run):
+    assert run(compiled_mesh, 4, timeout=120) == [[0.5] * 2] * 2 + [[2.5] * 2] * 2
 
 
 def timeouts(rank, world_size):
@@ -295,6 +336,7 @@ def test_the_gradient_of_a_sum_leaves_the_gradient_it_gets(run, limit):
 
 
 def world_left_behind(rank, world_size, specs):
+    specs = [*specs, init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("a", "b", "c"))["b", "c"]]
     layers = [syncbn.SyncBatchNorm(2, process_group=spec) for spec in specs]
     for layer in layers:
         layer(torch.randn(3, 2))
@@ -306,4 +348,4 @@ def world_left_behind(rank, world_size, specs):
 
 def test_no_group_outlives_destroy_process_group(run):
     """One that did now and then aborted its process at the end of the interpreter, inside gloo."""
-    assert run(world_left_behind, 4, [2, 4, "node", None]) == [[None] * 5] * 4
+    assert run(world_left_behind, 4, [2, 4, "node", None]) == [[None] * 6] * 4

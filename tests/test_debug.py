@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import threading
 import time
 from collections import Counter
@@ -276,6 +277,24 @@ def test_a_rank_in_another_group_is_named(run):
     assert "ranks 0, 2-3 did not come within 1 s" in messages[1]
     assert messages[2] is None
     assert messages[3] is None
+
+
+def twins_differ(rank, world_size):
+    """A layer in DDP, whose exchanges have a twin of its group: of the world, and of a pair; another on rank 1."""
+    pair, messages = dist.new_group([0, 1]), []
+    for group in (None, pair) if rank < 2 else (None,):
+        ddp = DistributedDataParallel(syncbn.convert(Net(), process_group=group), process_group=group)
+        with check_order(LONG):
+            messages.append(caught(ddp, torch.randn(3, 4), ("norm2", "norm1") if rank == 1 else ("norm1", "norm2")))
+    return messages
+
+
+def test_a_twin_beside_ddp_is_named(run):
+    results = run(twins_differ, 3)
+    for rank, messages in enumerate(results):
+        assert re.search(r"call 0 of group \d+ \(twin of group 0, ranks 0-2\)", messages[0]), messages[0]
+        if rank < 2:
+            assert re.search(r"call 0 of group \w+ \(twin of group 1, ranks 0-1\)", messages[1]), messages[1]
 
 
 class Counted:

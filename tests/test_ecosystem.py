@@ -102,6 +102,26 @@ def test_fully_shard_equals_one_process(run, sizes, per_layer):
         close(state, model.state_dict())
 
 
+def sharded_and_replicated(rank, world_size, sizes, is_part):
+    """HSDP; ``is_part``: in half of the world, the other half does the same on its own."""
+    shape, names = ((2, 2, 1), ("half", "replicate", "shard")) if is_part else ((2, 2), ("replicate", "shard"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)["replicate", "shard"]
+    model = syncbn.convert(net(), process_group=mesh)
+    for layer in (model[0], model[3], model[6]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train(model, batches(sizes, rank % len(sizes)), len(sizes) / sum(sizes))
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
+
+
+@SHARDS_ON_CPU
+@pytest.mark.parametrize("sizes", [[2, 1, 0, 3], [4, 2]], ids=["the world", "half of it"])
+def test_hsdp_takes_its_mesh_as_process_group(run, sizes):
+    model = train(net(), batches(sizes), 1 / sum(sizes))
+    for state in run(sharded_and_replicated, 4, sizes, len(sizes) == 2):
+        close(state, model.state_dict())
+
+
 def sharded_in_bfloat16(rank, world_size):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = syncbn.convert(net().float())

@@ -4,6 +4,8 @@
 docs/faults.md says the same in words.
 """
 
+import contextlib
+import copy
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +79,9 @@ FAULTS = [
     Fault(faults.skips_a_layer_under_torchs_checks, "RuntimeError", "norm3", ("RuntimeError", "OrderError")),
     Fault(faults.skips_a_layer_in_ddp, LOUD, "norm3", slow=True),
     Fault(faults.skips_the_last_layer, LOUD, "norm2"),
+    Fault(faults.skips_a_layer_for_one_row, LOUD, "norm3"),
+    Fault(faults.skips_all_layers_for_one_row, LOUD, "norm1", ("returned", "returned"), waits="on"),
+    right(faults.uses_other_parameters_in_ddp, truth=partial(one_process, model=faults.WithParts)),
     Fault(faults.swaps_layers_of_one_size, "silent", "norm2"),
     Fault(faults.swaps_layers_of_one_size, "silent", "norm2", world_size=3, slow=True),
     Fault(faults.swaps_layers_of_two_sizes, LOUD, r"right\b"),
@@ -309,3 +314,30 @@ def test_a_distributed_sampler_with_an_uneven_last_batch(run, drop_last):
     truth = faults.Net()
     ys = [faults.step_of(truth, torch.cat(each)) for each in zip(*parts, strict=True)]
     assert not list(differences(results, faults.result(truth, ys), 1e-9))  # DDP's mean, twice
+
+
+def stages(rank, world_size, is_apart, is_on):
+    """Each rank runs its own stage of a pipeline on what it has by now from the stage before."""
+    stages = nn.ModuleList([faults.Net(), faults.Net()])
+    with torch.no_grad():
+        stages[1].linears[0].weight.mul_(2)
+    plain = copy.deepcopy(stages[rank])
+    groups = [dist.new_group([r]) for r in range(world_size)]  # of the ranks that have the same stage
+    stage = syncbn.convert(stages, process_group=groups[rank] if is_apart else None)[rank]
+    with syncbn.debug.check_order(timeout=30) if is_on else contextlib.nullcontext():
+        try:
+            for step in range(2):
+                faults.learn(stage(batch(step, rank))), faults.learn(plain(batch(step, rank)))
+        except syncbn.debug.OrderError as error:
+            return str(error)
+    pairs = zip(stage.parameters(), plain.parameters(), strict=True)
+    return all(torch.allclose(p.grad, other.grad, rtol=1e-9) for p, other in pairs)
+
+
+def test_stages_of_a_pipeline(run):
+    """Layers of one size answer each other: wrong without a word, until each stage has a group, or the check is on."""
+    assert run(stages, 2, False, False) == [False, False]
+    assert run(stages, 2, True, False) == run(stages, 2, True, True) == [True, True]
+    for message in run(stages, 2, False, True):
+        assert "rank 0: 0.norm1 (ModuleList), forward" in message
+        assert "rank 1: 1.norm1 (ModuleList), forward" in message

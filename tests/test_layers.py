@@ -15,16 +15,18 @@ import syncbn
 ROOT = Path(syncbn.__file__).parent
 # Lower may not import higher; rooms of the same height know nothing of each other.
 HEIGHT = {
-    "compat": 0,
+    "compat": 0, "build": 0,
     "private": 1,
     "distributed": 2,
     "ops": 3,
-    "functional": 4,
-    "nn": 5,
-    "debug": 6, "conversion": 6, "statistics": 6,
-    "audit": 7,
-    "__init__": 8,
-    "lightning": 9,
+    "masked": 4,
+    "local": 5,
+    "functional": 6,
+    "nn": 7,
+    "debug": 8, "conversion": 8, "statistics": 8,
+    "audit": 9,
+    "__init__": 10,
+    "lightning": 11,
 }  # fmt: skip
 # The same of launch/: the names are those that a file in it imports, the longest that matches.
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -157,7 +159,7 @@ def test_it_stays_small():
     assert num_lines(core) <= 1700
     assert num_lines(triton) <= 450
     assert num_lines(source("ops", suffixes=(".cpp", ".h"))) <= 470
-    assert num_lines({*source()} - {*triton}) <= 4600
+    assert num_lines({*source()} - {*triton}) <= 5700
     files = [*source(), *LAUNCH.rglob("*.py")]
     assert {path.name: num_lines([path]) for path in files if num_lines([path]) > 200} == {}
 

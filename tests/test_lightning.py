@@ -4,14 +4,16 @@ import copy
 import inspect
 import os
 import pickle
+import sys
 import warnings
+from types import MethodType
 
+import lightning.pytorch
 import pytest
+import pytorch_lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins import TorchSyncBatchNorm
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 import syncbn
@@ -30,7 +32,7 @@ def data():
     return torch.utils.data.TensorDataset(x, (x.sum(1) > 4).long())
 
 
-class Project(LightningModule):
+class Steps:
     """Builds one BatchNorm in each of the three places."""
 
     def __init__(self):
@@ -72,6 +74,17 @@ class Project(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class Project(Steps, LightningModule):
+    pass
+
+
+class OfTheOtherNamespace(Steps, pytorch_lightning.LightningModule):
+    pass
+
+
+PROJECTS = {lightning.pytorch: Project, pytorch_lightning: OfTheOtherNamespace}
+
+
 def loader(rank, world_size, batch_size):
     """The batches of one rank: every W-th sample of what one process would see."""
     dataset = data()
@@ -83,16 +96,19 @@ def loader(rank, world_size, batch_size):
     return torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, order), batch_size=batch_size)
 
 
-def trainer(rank, world_size, path, **options):
+def trainer(rank, world_size, path, namespace=lightning.pytorch, **options):
     if world_size > 1:
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         values |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ |= {k: str(v) for k, v in values.items()}
-        options.setdefault("strategy", DDPStrategy(process_group_backend="gloo", **DDP_OPTIONS))
-    warnings.filterwarnings("ignore", module="lightning")  # hints: workers, log intervals, checkpoint folders
+        strategy = namespace.strategies.DDPStrategy(process_group_backend="gloo", **DDP_OPTIONS)
+        options.setdefault("strategy", strategy)
+    warnings.filterwarnings(
+        "ignore", module="(pytorch_)?lightning"
+    )  # hints: workers, log intervals, checkpoint folders
     warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec|lightning|num_workers).*")
     options = {"enable_checkpointing": False} | options
-    return Trainer(
+    return namespace.Trainer(
         accelerator="cpu", devices=world_size, precision="64-true", max_epochs=2, logger=False,
         default_root_dir=path, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         **options,
@@ -104,18 +120,23 @@ def clean_environment():
         os.environ.pop(name, None)
 
 
-def fit(rank, world_size, path, callbacks, options=None):
+def fit(rank, world_size, path, callbacks, options=None, name="lightning.pytorch"):
     clean_environment()
-    module = Project()
-    run = trainer(rank, world_size, path, callbacks=callbacks, **(options or {}))
+    namespace = sys.modules[name]
+    module = PROJECTS[namespace]()
+    run = trainer(rank, world_size, path, namespace, callbacks=callbacks, **(options or {}))
     run.fit(module, loader(rank, world_size, 12 // world_size))
     kinds = [type(m).__name__ for m in module.modules() if "Norm" in type(m).__name__]
     return module.seen, kinds
 
 
-def test_two_ranks_follow_one_process_step_by_step(run, tmp_path):
+NAMESPACES = pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
+
+
+@NAMESPACES
+def test_two_ranks_follow_one_process_step_by_step(run, tmp_path, name):
     ((one, _),) = run(fit, 1, str(tmp_path), [], initialize=False)
-    results = run(fit, 2, str(tmp_path), [NormConverter()])
+    results = run(fit, 2, str(tmp_path), [NormConverter()], {}, name)
     for seen, kinds in results:
         assert kinds == ["SyncBatchNorm1d"] * 3
         assert len(seen) == len(one) == 4
@@ -123,9 +144,44 @@ def test_two_ranks_follow_one_process_step_by_step(run, tmp_path):
             torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-10)
 
 
-def test_the_plugin_does_the_same_for_a_fit_and_reverts_after_it(run, tmp_path):
+class Adapted(Project):
+    """A part in front of all layers that rank 0 alone uses; on one process, for its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapter = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        if self.trainer.world_size == 1:
+            x = torch.stack([x[i] if i % 2 else self.adapter(x[i]) for i in range(len(x))])
+        elif self.global_rank == 0:
+            x = self.adapter(x)
+        return super().forward(x)
+
+
+def fit_with_unused(rank, world_size, path):
+    clean_environment()
+    module, options = Adapted(), {}
+    if world_size > 1:
+        unused = {"find_unused_parameters": True, "bucket_cap_mb": 1e-6, **DDP_OPTIONS}
+        options["strategy"] = lightning.pytorch.strategies.DDPStrategy(process_group_backend="gloo", **unused)
+    run = trainer(rank, world_size, path, callbacks=[NormConverter()], **options)
+    run.fit(module, loader(rank, world_size, 12 // world_size))
+    return module.seen
+
+
+def test_parameters_unused_on_one_rank(run, tmp_path):
+    (one,) = run(fit_with_unused, 1, str(tmp_path), initialize=False)
+    for seen in run(fit_with_unused, 2, str(tmp_path)):
+        assert len(seen) == len(one) == 4
+        for step, wanted in zip(seen, one, strict=True):
+            torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-10)
+
+
+@NAMESPACES
+def test_the_plugin_does_the_same_for_a_fit_and_reverts_after_it(run, tmp_path, name):
     ((one, _),) = run(fit, 1, str(tmp_path), [], initialize=False)
-    for seen, kinds in run(fit, 2, str(tmp_path), [], {"plugins": [SyncBatchNormLayerSync()]}):
+    for seen, kinds in run(fit, 2, str(tmp_path), [], {"plugins": [SyncBatchNormLayerSync()]}, name):
         assert kinds == ["BatchNorm1d"] * 3
         for step, wanted in zip(seen, one, strict=True):
             torch.testing.assert_close(step, wanted, rtol=1e-9, atol=1e-10)
@@ -195,6 +251,28 @@ def test_fit_twice_then_validate(run, tmp_path):
     run(twice_and_other_stages, 2, str(tmp_path))
 
 
+class CopiesInSetup(Callback):
+    def setup(self, trainer, pl_module, stage):
+        self.copies = [copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))]
+
+
+def copied_before(rank, world_size, path):
+    clean_environment()
+    module, keeper = Project(), CopiesInSetup()
+    batches = loader(rank, world_size, 6)
+    trainer(rank, world_size, path, callbacks=[NormConverter(), keeper]).fit(module, batches)
+    assert isinstance(module.head[0], syncbn.SyncBatchNorm)
+    for other in keeper.copies:
+        trainer(rank, world_size, path).fit(other, batches)
+        assert type(other.head[0]) is nn.BatchNorm1d
+        assert other.setup.__func__ is Steps.setup
+        assert other.configure_model.__func__ is Steps.configure_model
+
+
+def test_a_copy_from_before_the_conversion_is_a_project_of_its_own(run, tmp_path):
+    run(copied_before, 1, str(tmp_path), initialize=False)
+
+
 class BuildsLate(Callback):
     def setup(self, trainer, pl_module, stage):
         pl_module.extra = nn.BatchNorm1d(3, affine=False)  # not used: DDP wants no parameter of it
@@ -247,6 +325,40 @@ def test_a_project_that_converts_and_compiles_itself(run, tmp_path):
     assert run(compiles_itself, 1, str(tmp_path), initialize=False) == ["SyncBatchNorm1d"]
 
 
+def hooks_of_the_instance_and_a_failed_fit(rank, world_size, path):
+    clean_environment()
+    module, batches = Project(), loader(rank, world_size, 6)
+    calls = []
+
+    def configure(self):
+        calls.append("configure_model")
+        Project.configure_model(self)
+
+    module.configure_model = MethodType(configure, module)  # as some users do
+    module.setup = lambda stage: (calls.append(stage), Project.setup(module, stage))
+    own = dict(module.__dict__)
+    failing = trainer(rank, world_size, path, callbacks=[NormConverter("gn", num_groups=4), Fails()])
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        failing.fit(module, batches)
+    assert [module.__dict__[name] for name in ("setup", "configure_model")] == [own["setup"], own["configure_model"]]
+    assert calls == []
+    trainer(rank, world_size, path).fit(module, batches)
+    assert type(module.stem[1]) is nn.BatchNorm1d
+    trainer(rank, world_size, path, callbacks=[NormConverter()]).validate(module, batches, verbose=False)
+    assert calls == ["fit", "configure_model", "validate", "configure_model"]
+    assert all(isinstance(m, syncbn.SyncBatchNorm) for m in (module.stem[1], module.head[0]))
+    assert [module.__dict__[name] for name in ("setup", "configure_model")] == [own["setup"], own["configure_model"]]
+
+
+class Fails(Callback):
+    def setup(self, trainer, pl_module, stage):
+        raise RuntimeError("the disk is full")
+
+
+def test_hooks_of_the_instance_are_called_and_kept_also_when_a_fit_fails(run, tmp_path):
+    run(hooks_of_the_instance_and_a_failed_fit, 1, str(tmp_path), initialize=False)
+
+
 def two_converters(rank, world_size, path):
     clean_environment()
     both = trainer(rank, world_size, path, callbacks=[NormConverter()], sync_batchnorm=True)
@@ -269,7 +381,9 @@ def test_arguments_are_checked_at_once():
 def test_the_plugin_is_a_layer_sync():
     model = nn.Sequential(nn.BatchNorm1d(2))
     plugin = SyncBatchNormLayerSync()
-    assert isinstance(plugin, TorchSyncBatchNorm.__mro__[1])
+    for namespace in PROJECTS:
+        assert isinstance(plugin, namespace.plugins.LayerSync)
+        assert isinstance(NormConverter(), namespace.Callback)
     assert isinstance(plugin.apply(model)[0], syncbn.SyncBatchNorm)
     assert type(plugin.revert(model)[0]) is nn.BatchNorm1d
     syncbn.convert(model)

@@ -502,6 +502,62 @@ def test_only_fits_are_touched_and_only_one_loader_is_taken(tmp_path):
         PreciseStatistics(0)
 
 
+class WithoutForward(Project):
+    forward = LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        assert self.trainer.sanity_checking or self.trainer.global_step
+
+
+class WithLengths(WithoutForward):
+    def forward(self, x, lengths, scale=1):
+        return self.net(x) / lengths * scale
+
+
+class WithDictionaries(WithoutForward):
+    forward = Project.forward
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {"x": batch[0], "y": batch[1]} if self.trainer.training else batch
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch["x"]), batch["y"])
+
+
+def refused_before_the_first_step(rank, world_size, path):
+    for cls, message in (
+        (WithoutForward, r"WithoutForward.forward, which has none; say how .* PreciseStatistics\(forward=lambda"),
+        (WithLengths, "WithLengths.forward, which is called with the first item .*: missing .* argument: 'lengths'"),
+        (WithDictionaries, "begins with the input, got dict; pass forward"),
+    ):
+        module = cls()
+        before = copy.deepcopy(module.state_dict())
+        with pytest.raises(ValueError, match=message):
+            fit(rank, world_size, path, [PreciseStatistics()], module)
+        torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+        assert module.trainer.global_step == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_module_that_does_not_run_on_the_batch_is_refused_before_the_first_step(run, tmp_path, world_size):
+    run(refused_before_the_first_step, world_size, str(tmp_path), initialize=world_size > 1)
+
+
+def test_with_forward_the_module_needs_none(tmp_path):
+    def forward(module, batch):
+        module.inputs.append(module.net[0](batch[0]))
+        module.net(batch[0])
+
+    for cls in (WithoutForward, WithLengths):
+        module, _ = fit(0, 1, str(tmp_path), [PreciseStatistics(4, forward=forward)], cls(), max_epochs=1)
+        (last,) = [at for step, at in module.at.items() if step]
+        expected = {f"net.1.{k}": v for k, v in pooled(last[1]).items()}
+        torch.testing.assert_close({k: last[0][k] for k in expected}, expected, **EXACT)
+
+
 @pytest.mark.parametrize("empty", [(), []])
 def test_an_empty_tuple_or_list_is_no_batch(empty):
     with pytest.raises(ValueError, match=f"got nothing in a {type(empty).__name__}; pass forward"):

@@ -16,7 +16,7 @@ from experiment.bench.tables import Table
 from experiment.training import report
 from experiment.training.datasets import image_files
 from experiment.training.datasets.sources import CIFAR10_BYTES, Cifar10, Folder
-from syncbn.ops import build
+from syncbn import build
 
 ROOT = Path(syncbn.__file__).parent.parent
 NASTY = "[/x] <script>alert(1)</script> | a\nb"

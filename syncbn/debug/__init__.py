@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from ..distributed.exchange import observe
 from ..distributed.groups import current_world, rank_in_world, ranks_of
 from ..nn.batchnorm import name_layers
-from ..private import timeout_of
+from ..private import note_of, timeout_of
 from .signature import Signature, differences, ranks, table, unpack
 from .store import GAVE_UP, Rendezvous, StoreError, current_store
 
@@ -90,7 +90,8 @@ class _OrderCheck:
         try:
             store = current_store()
             call = store.next_call(group)
-            where = f"call {call} of group {group.group_name} ({ranks(ranks_of(group))})"
+            which = ", ".join(filter(None, (note_of(group), ranks(ranks_of(group)))))
+            where = f"call {call} of group {group.group_name} ({which})"
             met = store.meet(group, call, mine.pack(), f"{mine}, {where}", timeout)
         except StoreError as error:
             raise _gone(f"before {mine}", error) from error

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..compat import all_gather_single
-from ..private import all_reduce_in_graph, backend_name, backend_name_in_graph, gather_in_graph
+from ..private import active_ddp, all_reduce_in_graph, backend_name, backend_name_in_graph, gather_in_graph
 from .groups import GroupSpec, current_world, rank_in_world
+from .subgroups import twin_of
 
 Facts = tuple[Any, ...]  # for the observer: the input, whether it needs a gradient, eps, momentum
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
@@ -34,22 +35,26 @@ def note_eval(name: str) -> None:
 
 
 def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
-    """Find the process group of ``spec``, None where there is nothing to exchange; see `GroupSpec.resolve`."""
+    """Find the process group of ``spec``, None where there is nothing to exchange; see `GroupSpec.resolve`.
+
+    In the forward pass of DDP it may be a twin, see `twin_of`; outside of any, as in a recomputation, it is the last.
+    """
     world = None if torch.compiler.is_compiling() else current_world()
     if world is not None:
-        found, found_in = spec.found
-        if found_in() is world and (group := found()) is not None:
+        (found, found_in, found_by), ddp = spec.found, active_ddp()
+        if found_in() is world and (ddp is None or found_by() is ddp) and (group := found()) is not None:
             return group
     try:
         group = spec.resolve()
+        group = None if group is None else twin_of(group.group_name) or group
     except RuntimeError as error:
         raise explain(error, name, "when the process groups were made") from error
     if group is not None and world is not None and spec.ranks is None:  # a ProcessGroup can be destroyed by itself
-        spec.found = weakref.ref(group), weakref.ref(world)
+        spec.found = weakref.ref(group), weakref.ref(world), found_by if ddp is None else weakref.ref(ddp)
     return group
 
 
-def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: Facts = ()) -> Tensor:
+def all_reduce(packed: Tensor, group: ProcessGroup | None, name: str, direction: str, facts: Facts = ()) -> Tensor:
     """Sum ``packed``, ``(n,)``, over the ranks of ``group``: one collective, which may overwrite it.
 
     On gloo small buffers are gathered, and added up here in one order: half the network's delays, and the same bits on
@@ -57,6 +62,8 @@ def all_reduce(packed: Tensor, group: ProcessGroup, name: str, direction: str, f
     torch.compile gave up agrees with the others. What the backend raises is raised again, as the same class, with
     ``name`` (of the layer), ``direction`` (such as "forward") and rank.
     """
+    if group is None:
+        return packed
     num_ranks = group.size()
     is_small = packed.numel() * num_ranks <= _GATHER_BYTES // 8
     if torch.compiler.is_compiling():  # torch 2.6: in a backward pass, dynamo knows no packed.is_cpu
@@ -83,14 +90,18 @@ class DifferentiableSum(torch.autograd.Function):
     """`all_reduce`, with its arguments, whose gradient is again a sum over the ranks: each rank uses the result."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: Facts) -> Tensor:
-        ctx.arguments = group, name, "second-order backward", facts
+    def forward(packed: Tensor, group: ProcessGroup, name: str, direction: str, facts: Facts) -> Tensor:
         return all_reduce(packed.detach().clone(), group, name, direction, facts)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group, ctx.name, direction, ctx.facts = inputs
+        ctx.direction = "backward" if direction.startswith("forward") else "second-order backward"
+
+    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # a copy: dy belongs to autograd, and must not be overwritten
-        return DifferentiableSum.apply(dy, *ctx.arguments), None, None, None, None
+        # it copies dy, which belongs to autograd and must not be overwritten
+        return DifferentiableSum.apply(dy, ctx.group, ctx.name, ctx.direction, ctx.facts), None, None, None, None
 
 
 def explain(error: Exception, name: str, direction: str) -> Exception:

@@ -14,14 +14,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..private import known_groups
-from .subgroups import declared, group_made_of
+from .subgroups import declared, group_made_of, group_of_mesh
 
 ProcessGroupLike = None | int | str | ProcessGroup | DeviceMesh
 
 _BY_SIZE_OR_NAME = (int, str)  # groups that are made here; a tuple, as torch 2.6 traces no `int | str`
 _IS_AVAILABLE = dist.is_available()
 ranks_of: Any = getattr(dist, "get_process_group_ranks", None)  # global ranks of a group, in the order of its own
-_NOT_FOUND: Any = (lambda: None,) * 2
+_NOT_FOUND: Any = (lambda: None,) * 3
 # Looked up at each call, since ranks that are threads have one each; quicker than a function of ours.
 current_world: Callable[[], ProcessGroup | None] = partial(getattr, getattr(dist, "group", None), "WORLD", None)
 
@@ -30,12 +30,12 @@ class GroupSpec:
     """Which ranks share their statistics. Copies share it, and it pickles without a process group.
 
     ``value`` is None for the world, an int for groups of that many consecutive ranks, ``"node"`` for the ranks of
-    equal host name, a ProcessGroup, or a DeviceMesh of one dimension; a ValueError for anything else.
+    equal host name, a ProcessGroup, or a DeviceMesh (all its ranks); a ValueError for anything else.
     """
 
     value: ProcessGroupLike
     ranks: tuple[int, ...] | None  # of a ProcessGroup, which may be gone by the time they are asked for
-    found: tuple[Callable[[], ProcessGroup | None], Callable[[], ProcessGroup | None]]  # last group, and its world
+    found: tuple[Callable[[], ProcessGroup | None], Callable[[], Any], Callable[[], Any]]  # last group, world, DDP
 
     def __new__(cls, value: ProcessGroupLike) -> "GroupSpec":
         """Return the one spec of an int or "node", so that it is declared as long as any layer has it."""
@@ -61,8 +61,9 @@ class GroupSpec:
     def resolve(self) -> ProcessGroup | None:
         """Find the process group, or None where there is nothing to exchange: no process group, or a group of one.
 
-        The first call for an int or ``"node"`` is a collective of the whole world, see `subgroups`. Raises ValueError
-        if an int does not divide the world size, or no group of a ProcessGroup's ranks exists.
+        The first call for an int or ``"node"`` is a collective of the whole world, that for a mesh of several
+        dimensions one of its ranks, see `subgroups`. Raises ValueError if an int does not divide the world size, or no
+        group of a ProcessGroup's ranks exists.
         """
         if not (_IS_AVAILABLE and dist.is_initialized()):  # torch 2.6 does not trace `dist.group.WORLD is None`
             return None
@@ -77,7 +78,7 @@ class GroupSpec:
             group = group_made_of(self.value)
         else:
             assert isinstance(self.value, DeviceMesh)
-            group = self.value.get_group()
+            group = self.value.get_group() if self.value.ndim == 1 else group_of_mesh(self.value)
         return None if group is None or group.size() == 1 else group
 
     def __eq__(self, other: object) -> bool:
@@ -114,12 +115,8 @@ def _check_spec(value: ProcessGroupLike) -> None:
     if isinstance(value, ProcessGroup) and dist.get_rank(value) < 0:
         ranks, rank = ranks_of(value), dist.get_rank()
         raise ValueError(f"process_group: expected a group that rank {rank} is in, got one of the ranks {ranks}.")
-    if isinstance(value, DeviceMesh) and value.ndim != 1:
-        names = value.mesh_dim_names
-        raise ValueError(
-            f"process_group: expected a DeviceMesh of one dimension, got {value.ndim} dimensions {names or ''}; "
-            "give one of them, as in mesh['data']."
-        )
+    if isinstance(value, DeviceMesh) and value.get_coordinate() is None:
+        raise ValueError(f"process_group: expected a DeviceMesh that rank {dist.get_rank()} is in, got {value}.")
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return
     if not (value is None or value == "node" or isinstance(value, (ProcessGroup, DeviceMesh))):

@@ -1,7 +1,8 @@
-"""Make the process groups of all specs in use: those of an int or "node".
+"""Make process groups: those of an int or "node" for all specs in use, those of meshes, and twins of DDP's.
 
 Making a group is a collective of the whole world, and a different order on another rank deadlocks. So specs declare
-themselves, and the first one that needs a group makes those of all, declared on any rank, in one sorted order.
+themselves, and the first one that needs a group makes those of all, declared on any rank, in one sorted order. Meshes
+and twins are met by all their ranks in one order, and made by these alone.
 """
 
 import json
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
 from ..compat import all_gather_single
-from ..private import timeout_of
+from ..private import active_ddp, backend_name, group_named, group_of_members, timeout_of
 
 declared: "weakref.WeakValueDictionary[int | str, Any]" = weakref.WeakValueDictionary()  # specs in use, by value
-_groups: dict[int | str, Any] = {}  # a ProcessGroup, "world", None in a group of one, or the ValueError to raise
-_world_of_groups: "list[weakref.ref[ProcessGroup]]" = []  # weak: torch may abort at exit over a group that is left
+# By group, what was made beside it, weakly: torch may abort at exit over a group that is left. By ranks a twin, or the
+# group of a mesh; of the world by int or "node" a ProcessGroup, "world", None for a group of one, or a ValueError.
+_made: "weakref.WeakKeyDictionary[ProcessGroup, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
 
 def make_groups(specs: Iterable[Any]) -> None:
@@ -47,26 +49,21 @@ def check_size(size: int, world_size: int) -> None:
 
 def group_made_of(value: int | str) -> ProcessGroup | None:
     """Return this rank's group of an int or "node", made before or now; None in a group of one."""
-    if not (_world_of_groups and _world_of_groups[0]() is dist.group.WORLD and value in _groups):
-        _make_groups()
-    group: ProcessGroup | ValueError | None = dist.group.WORLD if _groups[value] == "world" else _groups[value]
+    world: Any = dist.group.WORLD
+    made = _made.setdefault(world, {})
+    if value not in made:
+        _make_groups(made)
+    group: ProcessGroup | ValueError | None = world if made[value] == "world" else made[value]
     if isinstance(group, ValueError):
         raise group
     return group
 
 
-def _make_groups() -> None:
+def _make_groups(made: dict[Any, Any]) -> None:
     """Make the groups of every spec declared on any rank; each rank keeps those it is in."""
-    world = dist.group.WORLD
-    assert world is not None
-    everyone = _gather_json([list(declared), socket.gethostname()])
-    if not (_world_of_groups and _world_of_groups[0]() is world):
-        _groups.clear()
-        _world_of_groups[:] = [weakref.ref(world, lambda _: _groups.clear())]
-    hosts = [host for _, host in everyone]
-    wanted = set().union(*(declared for declared, _ in everyone)) - _groups.keys()
-    for value in sorted(wanted, key=lambda v: (isinstance(v, str), v)):
-        _groups[value] = _make_groups_of(value, hosts)
+    specs, hosts = zip(*_gather_json([list(declared), socket.gethostname()]), strict=True)
+    for value in sorted(set().union(*specs) - made.keys(), key=lambda v: (isinstance(v, str), v)):
+        made[value] = _make_groups_of(value, hosts)
 
 
 def _gather_json(mine: Any) -> list[Any]:
@@ -82,7 +79,7 @@ def _gather_json(mine: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in rows]
 
 
-def _make_groups_of(value: int | str, hosts: list[str]) -> Any:
+def _make_groups_of(value: int | str, hosts: tuple[str, ...]) -> Any:
     world_size, rank = len(hosts), dist.get_rank()
     if isinstance(value, str):
         parts = [[r for r in range(world_size) if hosts[r] == host] for host in sorted(set(hosts))]
@@ -100,5 +97,39 @@ def _make_groups_of(value: int | str, hosts: list[str]) -> Any:
     return next((group for group, part in zip(groups, parts, strict=True) if rank in part), None)
 
 
+def group_of_mesh(mesh: Any) -> ProcessGroup:
+    """Return the group of all ranks of a DeviceMesh, made before or now; the world if these are all."""
+    world: Any = dist.group.WORLD
+    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    return _made_beside(world, ranks, "all ranks of a mesh") if len(ranks) < world.size() else world
+
+
+def twin_of(name: str) -> ProcessGroup | None:
+    """Return the twin of a group, of the same ranks, if DDP reduces gradients in that very group, else None.
+
+    DDP reduces a bucket once its gradients exist. Where the graphs of ranks differ (parameters unused on some), that
+    is before an exchange on one rank and after it on another: in one group a deadlock. The twin is made in the first
+    training forward of such a DDP module, and used from then on.
+    """
+    group, ddp = group_named(name), active_ddp()
+    if group is None:
+        return None
+    may_cross = ddp is not None and ddp.process_group is group
+    if may_cross and not (ddp.find_unused_parameters or ddp.static_graph):
+        may_cross = backend_name(group) == "gloo"  # any graphs may differ, and there a group costs next to nothing
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return _made_beside(group, ranks, f"twin of group {name}") if may_cross or ranks in _made.get(group, ()) else None
+
+
+def _made_beside(group: ProcessGroup, ranks: tuple[int, ...], what: str) -> ProcessGroup:
+    made = _made.setdefault(group, {})
+    found: ProcessGroup | None = made[ranks]() if ranks in made else None
+    if found is None:
+        found = group_of_members(ranks, group, what)
+        made[ranks] = weakref.ref(found)
+    return found
+
+
 # As torch.compiler.assume_constant_result: made while torch.compile traces, not in the graph.
-setattr(group_made_of, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute
+for _function in (group_made_of, group_of_mesh, twin_of):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute

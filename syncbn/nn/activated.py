@@ -8,9 +8,9 @@ from .batchnorm import SyncBatchNorm
 class SyncBatchNormAct(SyncBatchNorm):
     """SyncBatchNorm followed by ``drop`` and ``act``, if it has them: what timm's fused BatchNormAct2d becomes."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize, then drop and activate."""
-        y = super().forward(input)
+        y = super().forward(input, mask)
         for module in (self._modules.get("drop"), self._modules.get("act")):
             y = y if module is None else module(y)
         return y

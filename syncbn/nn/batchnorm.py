@@ -3,15 +3,15 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compat import BatchNorm
 from ..distributed import ddp
 from ..distributed.exchange import group_of, note_eval
 from ..distributed.groups import GroupSpec, ProcessGroupLike
-from ..functional import one_process
-from ..ops.autograd import train_step
+from ..local import evaluate, one_process
+from ..masked.step import plain_step
+from ..ops.autograd import is_transformed, train_step
 from ..ops.checks import check_input
 from ..ops.reference import Running
 from ..private import active_ddp
@@ -23,6 +23,8 @@ class SyncBatchNorm(BatchNorm):
     In training ``y = (x - mean) / sqrt(var + eps) * weight + bias`` with mean and biased variance per channel over
     all ranks of ``process_group``, for any split of the batch, and running statistics move by ``momentum`` with the
     unbiased variance. In eval mode, without torch.distributed and in a group of one it is plain ``F.batch_norm``.
+
+    Called as ``layer(x, mask)`` it leaves out what is padding: see ``mask`` of `functional.sync_batch_norm`.
 
     Shapes: input and output ``(N, C, *)`` of two or more dimensions, N may be 0 on some ranks or on all.
 
@@ -73,11 +75,11 @@ class SyncBatchNorm(BatchNorm):
     def process_group(self, value: ProcessGroupLike | GroupSpec) -> None:
         self.group_spec = value if isinstance(value, GroupSpec) else GroupSpec(value)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input``; see the class."""
         self._check_input_dim(input)
         if not self.training:
-            return self._evaluate(input)
+            return self._evaluate(input, mask)
         running = Running()
         if self.track_running_stats:
             running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
@@ -87,18 +89,18 @@ class SyncBatchNorm(BatchNorm):
                 self._enter_ddp(active_ddp())
             name = self._layer_name or f"SyncBatchNorm({self.num_features})"
         group, weight, bias = group_of(self.group_spec, name), self.weight, self.bias
-        if group is None:
+        if group is None and mask is None:
             check_input(input, weight, running.mean, self.eps, self.num_features)
             return one_process(input, weight, bias, running, self.eps)
+        if mask is not None or is_transformed():
+            return plain_step(input, weight, bias, running, self.eps, group, name, self.num_features, mask)
         return train_step(input, weight, bias, running, self.eps, group, name, self.num_features)
 
-    def _evaluate(self, x: Tensor) -> Tensor:
-        mean, var, weight = self.running_mean, self.running_var, self.weight
-        check_input(x, weight, mean, None, self.num_features)
+    def _evaluate(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        check_input(x, self.weight, self.running_mean, None, self.num_features)
         if not torch.compiler.is_compiling():
             note_eval(self._layer_name or f"SyncBatchNorm({self.num_features})")
-        # without running statistics those of its own batch, on this rank alone, as nn.BatchNorm does
-        return F.batch_norm(x, mean, var, weight, self.bias, mean is None, 0.0, self.eps)
+        return evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, mask)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Note the dimensions; a class of converted layers checks them instead, as nn.BatchNorm2d wants 4."""

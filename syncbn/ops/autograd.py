@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from .. import private
 from ..distributed.exchange import DifferentiableSum, all_reduce
 from . import backends, recompute, reference
-from .checks import check_input
+from .checks import check_input, refuse_count
 from .layout import PLAIN, per_channel
 from .reference import Running
 
@@ -26,7 +26,7 @@ def train_step(
     bias: Tensor | None,
     running: Running,
     eps: float,
-    group: ProcessGroup,
+    group: ProcessGroup | None,
     name: str,
     num_features: int | None = None,
 ) -> Tensor:
@@ -45,6 +45,11 @@ def train_step(
             backends.remember(table, kind, kernels)
     y: Tensor = _BatchNorm.apply(x, weight, bias, kernels, torch.is_grad_enabled(), eps, group, name, *running)
     return y
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work, of which `train_step` knows nothing."""
+    return not torch.compiler.is_compiling() and (private.are_transforms_active() or private.dual_level() >= 0)
 
 
 def _kind(
@@ -82,7 +87,7 @@ class _BatchNorm(torch.autograd.Function):
             summed = all_reduce(packed, group, name, direction, facts)
             # with a global count of 1 every rank comes here; no other has to read it
             if x.numel() <= x.shape[1]:
-                _refuse_one_value(summed[-1])
+                refuse_count(summed[-1])
         if keeps_sums:
             recompute.record(summed)
         y, statistics = kernels.forward_apply(x, summed, weight, bias, running, eps)
@@ -127,14 +132,6 @@ def alike(dy: Tensor, x: Tensor) -> Tensor | None:
         return None
     is_alike = dy.stride() == x.stride() and dy.dtype == x.dtype and dy.data_ptr() and not dy.is_neg()
     return dy if is_alike else torch.empty_like(x).copy_(dy)
-
-
-def _refuse_one_value(count: Tensor) -> None:
-    message = "Expected more than 1 value per channel when training, got 1 over all ranks of the process group"
-    if torch.compiler.is_compiling():
-        private.assert_in_graph(count != 1, message)
-    elif count.item() == 1:
-        raise ValueError(f"{message}. Use a larger batch or eval mode.")
 
 
 def _differentiable_backward(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import build
 from ..private import are_transforms_active, jit_tracing_state, num_dispatch_modes
-from . import build, reference, selfcheck
+from . import reference, selfcheck
 from .layout import KERNEL_DTYPES, dense_view, is_readable
 from .reference import Running
 

@@ -98,7 +98,7 @@ def moments(summed: Tensor, is_empty: bool = True) -> tuple[Tensor, Tensor]:
     """Compute the mean and the sum of squared deviations from it, ``(C,)``, of ``[sum, sqsum, count]``."""
     sum, sqsum = summed[:-1].chunk(2)
     mean = sum / (summed[-1].clamp(min=1) if is_empty else summed[-1])
-    return mean, torch.addcmul(sqsum, sum, mean, value=-1).clamp_(min=0)
+    return mean, torch.addcmul(sqsum, sum, mean, value=-1).clamp(min=0)
 
 
 def backward_reduce(

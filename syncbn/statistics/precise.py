@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ..masked.mask import check_mask, weights_of
+from ..masked.step import local_sums
+from ..nn.batchnorm import SyncBatchNorm
 from ..ops.reference import forward_reduce, moments
 from .buffers import layers_with_statistics, statistics_of, sum_over_ranks, write
 from .freeze import MODE_WHEN_UNFROZEN
@@ -30,8 +33,9 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
     The batches run in train mode without gradients, each layer normalizing with its own batch statistics. Then, with
     n input values per channel over all batches and ranks, ``running_mean = sum / n`` and
     ``running_var = (sqsum / n - mean**2) * n / (n - 1)``, the pooled variance: within plus between batches. Computed
-    in float64; a layer called several times pools its calls. For SyncBatchNorm the result depends on the global
-    batches only, not on the number of ranks. Source: Wu & Johnson 2021, section 3.
+    in float64; a layer called several times pools its calls, and one called with a mask its valid positions. For
+    SyncBatchNorm the result depends on the global batches only, not on the number of ranks. Source: Wu & Johnson
+    2021, section 3.
 
     Any subclass of ``_BatchNorm`` with running statistics takes part, if it is in train mode: a ``model`` in eval mode
     is put into train mode as a whole; of one in train mode, the parts in eval mode stay so. Frozen layers
@@ -81,16 +85,21 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
 
 def run_first(model: nn.Module, batch: Any) -> Any:
     """Run ``model`` on a tensor, or on the first item of a tuple or list."""
+    x = first_of(batch)
+    if isinstance(x, Tensor):
+        x = x.to(next(model.buffers()).device)  # there are running statistics
+    return (model.module if isinstance(model, DistributedDataParallel) else model)(x)
+
+
+def first_of(batch: Any) -> Any:
+    """Return a tensor itself, of a tuple or list the first item; refuse any other batch."""
     if not isinstance(batch, Tensor | tuple | list) or (isinstance(batch, tuple | list) and not batch):
         raise ValueError(
             "update_bn_stats: expected every batch to be a tensor, or a tuple or list that begins with the input, got "
             f"{'nothing in a ' if batch == () or batch == [] else ''}{type(batch).__name__}; pass forward, called as "
             "forward(model, batch)."
         )
-    x = batch if isinstance(batch, Tensor) else batch[0]
-    if isinstance(x, Tensor):
-        x = x.to(next(model.buffers()).device)  # there are running statistics
-    return (model.module if isinstance(model, DistributedDataParallel) else model)(x)
+    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def _measure(
@@ -118,13 +127,17 @@ def _measure(
 
 
 def _add_input(name: str, sums: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    x, num_features = [*args, *kwargs.values()][0], len(sums) // 2
+    x, num_features = args[0] if args else kwargs.get("input", next(iter(kwargs.values()))), len(sums) // 2
     if x.dim() < 2 or x.shape[1] != num_features:
         raise ValueError(
             f"update_bn_stats: expected an input (N, {num_features}, *) for the {type(layer).__name__} {name!r}, "
             f"got {tuple(x.shape)}; freeze or eval() the layer to leave it out."
         )
-    sums += forward_reduce(x).to(sums.device)
+    mask = (args[1] if len(args) > 1 else kwargs.get("mask")) if isinstance(layer, SyncBatchNorm) else None
+    if mask is not None:
+        check_mask(mask, x)
+    packed = forward_reduce(x) if mask is None else local_sums(x, weights_of(mask, x))[0]
+    sums += packed.to(sums.device)
 
 
 def _zeros(layer: _BatchNorm) -> Tensor:

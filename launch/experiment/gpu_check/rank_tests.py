@@ -1,4 +1,4 @@
-"""Parts `ranks_one_gpu` and `nccl_ranks`: tests/test_batchnorm.py on several ranks, and a step under DDP.
+"""Parts `ranks_one_gpu` and `nccl_ranks`: the tests of the layer and of masks on several ranks, and a step under DDP.
 
 On one GPU the ranks talk over gloo, which reduces CUDA tensors through the host; NCCL refuses to share a GPU.
 """
@@ -47,8 +47,11 @@ def _run_tests(device: str, more: dict[str, str]) -> tuple[list[Row], list[str],
     environment = {**os.environ, **more, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins of others are not under test
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "tests/test_batchnorm.py", "--device", device, "-v", "-p"]
-        command += ["no:cacheprovider", f"--junitxml={path}"]
+        files, options = (
+            ["tests/test_batchnorm.py", "tests/test_masks.py"],
+            ["-m", "gpu", "-v", "-p", "no:cacheprovider"],
+        )
+        command = [sys.executable, "-m", "pytest", *files, *options, "--device", device, f"--junitxml={path}"]
         done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         cases = list(ElementTree.parse(path).iter("testcase")) if path.exists() else []
     rows, failures = _by_function(cases)
