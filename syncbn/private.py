@@ -122,6 +122,11 @@ def is_compiled(module: Any) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
+def input_check_of(cls: type[torch.nn.Module]) -> Any:
+    """Return what checks an input's dimensions for a class of BatchNorm; without it any number is taken."""
+    return getattr(cls, "_check_input_dim", lambda *_: None)
+
+
 def joins(ddp: Any) -> bool:
     """Whether a DDP module runs under ``join()``; False if that cannot be known: then a rank waits for the others."""
     return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))

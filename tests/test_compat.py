@@ -74,6 +74,7 @@ def test_modules_without_private_names():
     """What stands on a module of the user's, and not in torch itself."""
     assert not private.is_compiled(object())
     assert not private.joins(object())
+    assert private.input_check_of(object)(nn.BatchNorm2d(1), None) is None
 
 
 def private_names(path):

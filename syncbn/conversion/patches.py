@@ -54,7 +54,7 @@ def _bound_to(layer: nn.Module, value: Any, depth: int = 4) -> Iterator[Any]:
     if isinstance(value, partial):
         parts = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, FunctionType | MethodType):
-        parts = [_contents(cell) for cell in value.__closure__ or ()]
+        parts = [_contents(cell) for cell in getattr(value, "__closure__", None) or ()]
     if callable(value) and not isinstance(value, nn.Module):
         parts.append(getattr(value, "__wrapped__", None))
     for part in parts if depth else ():

@@ -13,25 +13,26 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..private import input_check_of
 from .batchnorm import SyncBatchNorm
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d, _BatchNorm):
     """What nn.BatchNorm1d becomes. All its bases are named, since there is code that looks at direct bases alone."""
 
-    _check_input_dim = nn.BatchNorm1d._check_input_dim
+    _check_input_dim = input_check_of(nn.BatchNorm1d)
 
 
 class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d, _BatchNorm):
     """What nn.BatchNorm2d becomes."""
 
-    _check_input_dim = nn.BatchNorm2d._check_input_dim
+    _check_input_dim = input_check_of(nn.BatchNorm2d)
 
 
 class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d, _BatchNorm):
     """What nn.BatchNorm3d becomes."""
 
-    _check_input_dim = nn.BatchNorm3d._check_input_dim
+    _check_input_dim = input_check_of(nn.BatchNorm3d)
 
 
 # The class of each pair, and why it is the first one alone.
@@ -101,9 +102,10 @@ def _make(sync_class: type[SyncBatchNorm], original: type[nn.Module]) -> type[Sy
         "__init__": init,
     }
     for method in _OVERRIDABLE:
+        theirs = getattr(original, method, None)
         is_ours = getattr(sync_class, method) is getattr(SyncBatchNorm, method)
-        if is_ours and getattr(original, method) is not getattr(_BatchNorm, method):
-            attributes[method] = getattr(original, method)
+        if is_ours and theirs is not getattr(_BatchNorm, method, None):
+            attributes[method] = theirs
     bases = tuple(dict.fromkeys((sync_class, original, *original.__bases__)))
     return types.new_class(name, bases, exec_body=lambda namespace: namespace.update(attributes))
 
