@@ -45,6 +45,17 @@ def test_lists_of_torchs_classes_find_converted_layers():
         assert {"_BatchNorm", type(written).__name__} <= names  # of the class and its direct bases, as mmengine asks
 
 
+@pytest.mark.parametrize("layer", ["BatchNorm2d", "_BatchNorm"])
+def test_mmengines_init_cfg_finds_them(layer):
+    pytest.importorskip("mmengine", reason="mmengine is not installed")
+    from mmengine.model import initialize
+
+    model = syncbn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    initialize(model, {"type": "Constant", "val": 0.25, "bias": 0.75, "layer": layer})
+    assert (model[1].weight == 0.25).all()
+    assert (model[1].bias == 0.75).all()
+
+
 def test_ours_are_told_from_torchs_in_print():
     model = syncbn.convert(nn.Sequential(nn.BatchNorm2d(2), nn.SyncBatchNorm(2), fused(), SyncBatchNorm(2)))
     shown = re.findall(r"syncbn\.\w+", str(model))
