@@ -19,6 +19,8 @@ from .compat import all_gather_single
 # Without these: plain operators, no C++ kernels.
 are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# Without it: a mask is refused under vmap, by torch, which cannot read its count.
+_functorch: Any = getattr(torch._C, "_functorch", None)
 # Without it: forward-mode AD in training is refused by autograd, which knows no jvp of the step.
 dual_level: Any = partial(getattr, torch.autograd.forward_ad, "_current_level", -1)
 jit_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: True)
@@ -55,6 +57,15 @@ def is_traced() -> bool:
     if num_dispatch_modes() and not (is_known and all(_get_mode(key) is None for key in _recorders)):
         return True
     return jit_tracing_state() is not None
+
+
+def without_vmap(number: Tensor) -> tuple[Tensor, ...]:
+    """Return the numbers that a scalar stands for under torch.func.vmap, of all that is mapped; else the scalar."""
+    if torch.compiler.is_compiling() or not hasattr(_functorch, "is_functorch_wrapped_tensor"):
+        return (number,)
+    while _functorch.is_functorch_wrapped_tensor(number):
+        number = _functorch.get_unwrapped(number)
+    return number.reshape(-1).unbind()
 
 
 def backend_name_in_graph(group: Any) -> str:

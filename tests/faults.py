@@ -244,6 +244,19 @@ def runs_without_gradients(rank, world_size):
     return train(rank, fault)
 
 
+def gives_a_mask_alone(rank, world_size):
+    """As a collate function that makes no mask for a batch without padding."""
+
+    def fault(model, x):
+        valid = torch.ones(len(x), 1, dtype=torch.bool)
+        hook = model.norm1.register_forward_pre_hook(lambda layer, args: (*args, valid))
+        y = learn(model(x))
+        hook.remove()
+        return y
+
+    return train(rank, fault)
+
+
 def evaluates_while_others_train(rank, world_size):
     return train(rank, _evaluated)
 

@@ -18,8 +18,8 @@ from torch._dynamo import compiled_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
-from syncbn import functional
-from syncbn.ops import backends, build, cpu, reference, selfcheck
+from syncbn import build, functional
+from syncbn.ops import backends, cpu, reference, selfcheck
 from syncbn.ops.autograd import alike
 from syncbn.ops.layout import SUM_DTYPE, per_channel
 from syncbn.ops.reference import Running

@@ -96,6 +96,7 @@ FAULTS = [
     right(faults.autocasts_alone, on="norm1", tolerance=0.2),
     Fault(faults.has_frozen_inputs, LOUD, "norm1"),
     Fault(faults.runs_without_gradients, LOUD, "norm1"),
+    Fault(faults.gives_a_mask_alone, LOUD, "norm1.* forward with a mask"),
     Fault(faults.evaluates_while_others_train, LOUD, "norm1", ("returned", "returned"), waits="on"),
     Fault(faults.evaluates_while_others_train_in_ddp, LOUD, EVAL, (LOUD, LOUD), waits="both", slow=True),
     Fault(faults.is_frozen, LOUD, EVAL, ("returned", "returned"), waits="on"),

@@ -345,6 +345,30 @@ def test_torch_func(run):
     torch.testing.assert_close(results[0][1] + results[1][1], layer.weight.grad)
 
 
+def mapped_rank(rank, world_size, x, mask, in_dims):
+    """One call for several problems: their masks may differ; by vmap of the output and of its gradient."""
+    layer = make(syncbn.SyncBatchNorm, track_running_stats=False)
+    y = torch.func.vmap(layer, in_dims)(x[rank], mask[rank])
+    dx = torch.func.vmap(torch.func.grad(lambda x, mask: (layer(x, mask) ** 3).sum()), in_dims)(x[rank], mask[rank])
+    masks = mask[rank] if in_dims[1] == 0 else [mask[rank]] * len(x[rank])
+    singly = [part.clone().requires_grad_() for part in x[rank]]
+    ys = [layer(part, mask) for part, mask in zip(singly, masks, strict=True)]
+    gradients = torch.autograd.grad(sum((y**3).sum() for y in ys), singly)
+    torch.testing.assert_close((y, dx), (torch.stack(ys), torch.stack(gradients)))
+    nothing = torch.zeros_like(mask[rank])
+    nothing.view(-1)[0] = rank == 0  # one valid position in all, or with in_dims (0, 0) of the first problem
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training, got 1 over"):
+        torch.func.vmap(layer, in_dims)(x[rank], nothing)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None)], ids=["a mask for each", "one mask"])
+def test_vmap(run, in_dims):
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(2, n, C, 4, dtype=torch.float64, generator=generator) for n in (3, 2)]
+    shapes = [(2, n, 1, 4) if in_dims[1] == 0 else (n, 1, 4) for n in (3, 2)]
+    run(mapped_rank, 2, x, [torch.rand(shape, generator=generator) < 0.6 for shape in shapes], in_dims)
+
+
 def precise_rank(rank, world_size, xs, masks):
     model = Masked()
     model.first = nn.Identity()

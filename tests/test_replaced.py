@@ -176,11 +176,11 @@ def test_nothing_is_put_on_the_users_modules_and_nothing_is_kept_alive():
     syncbn.convert(model)
     syncbn.revert(model)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-    num = len(replaced._seats)
+    num = len(replaced._entries)
     models = [syncbn.convert(net()) for _ in range(3)]
-    assert len(replaced._seats) == num + 6
+    assert len(replaced._entries) == num + 6
     models.clear()
-    assert len(replaced._seats) == num
+    assert len(replaced._entries) == num
 
 
 def test_threads_convert_and_drop_models():

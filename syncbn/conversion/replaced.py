@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..nn.batchnorm import SyncBatchNorm
 from .third_party import CONVERTERS
 
-REASON = "it took the place of a converted layer: another converter ran after syncbn.convert"
+REASON = "a converted layer was here: another converter ran after syncbn.convert"
 REMEDY = f"These converters do that: {CONVERTERS}. Drop it, or call syncbn.convert after it."
 
 
@@ -31,15 +31,15 @@ class _Call:
 
 
 @dataclass
-class _Seat:
-    """Where a converted layer is: an entry of its parent's ``_modules``."""
+class _Entry:
+    """The entry of a parent's ``_modules`` that holds a converted layer."""
 
     path: str  # "name (class of the model)"
     parent: "ref[nn.Module]"
     name: str
     others: list["ref[nn.Module]"]  # plain BatchNorms that the parent had beside it
     call: _Call
-    layer: Any = field(default=None, repr=False)  # ref[nn.Module], whose callback knows the seat
+    layer: Any = field(default=None, repr=False)  # ref[nn.Module], whose callback knows the entry
     is_watched: bool = True
 
     def taken_by(self) -> nn.Module | None:
@@ -55,8 +55,8 @@ class _Seat:
         return None if has_moved or any(now is other() for other in self.others) else now
 
 
-_seats: "WeakKeyDictionary[nn.Module, dict[str, _Seat]]" = WeakKeyDictionary()
-_by_layer: "WeakKeyDictionary[nn.Module, list[_Seat]]" = WeakKeyDictionary()
+_entries: "WeakKeyDictionary[nn.Module, dict[str, _Entry]]" = WeakKeyDictionary()
+_by_layer: "WeakKeyDictionary[nn.Module, list[_Entry]]" = WeakKeyDictionary()
 
 
 def watch(model: nn.Module) -> None:
@@ -71,48 +71,48 @@ def watch(model: nn.Module) -> None:
             for child in parent.children()
             if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm)
         ]
-        seats = _seats.setdefault(parent, {})
+        entries = _entries.setdefault(parent, {})
         for name, layer in layers.items():
-            if name in seats and seats[name].layer() is layer and seats[name].is_watched:
+            if name in entries and entries[name].layer() is layer and entries[name].is_watched:
                 continue
             full = f"{f'{path}.{name}'.lstrip('.')} ({type(model).__name__})"
-            seat = seats[name] = _Seat(full, ref(parent), name, others, call)
-            seat.layer = ref(layer, partial(_on_death, seat))
-            _by_layer.setdefault(layer, []).append(seat)
+            entry = entries[name] = _Entry(full, ref(parent), name, others, call)
+            entry.layer = ref(layer, partial(_on_death, entry))
+            _by_layer.setdefault(layer, []).append(entry)
 
 
 def forget(layer: nn.Module) -> None:
     """Watch ``layer`` no longer: it is as the user wrote it."""
-    for seat in _by_layer.pop(layer, ()):
-        seat.is_watched = False
+    for entry in _by_layer.pop(layer, ()):
+        entry.is_watched = False
 
 
 def find(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the paths of converted layers of ``model`` that were replaced, and what is there now."""
     for parent in model.modules():
-        for seat in [*_seats.get(parent, {}).values()]:
-            now = seat.taken_by()
+        for entry in [*_entries.get(parent, {}).values()]:
+            now = entry.taken_by()
             if now is not None:
-                yield seat.path, now
+                yield entry.path, now
 
 
 def clear(model: nn.Module) -> None:
     """Forget the layers of ``model`` that were replaced; they were reported."""
     for parent in model.modules():
-        for seat in [*_seats.get(parent, {}).values()]:
-            seat.is_watched = seat.is_watched and seat.taken_by() is None
+        for entry in [*_entries.get(parent, {}).values()]:
+            entry.is_watched = entry.is_watched and entry.taken_by() is None
 
 
-def _on_death(seat: _Seat, _: Any) -> None:
+def _on_death(entry: _Entry, _: Any) -> None:
     """Warn if the layer died since another took its place; raises nothing, wherever the collector calls it."""
     with suppress(Exception):
-        now = None if sys.is_finalizing() or seat.call.has_warned else seat.taken_by()
+        now = None if sys.is_finalizing() or entry.call.has_warned else entry.taken_by()
         if now is None:
             return
-        seat.call.has_warned = True
+        entry.call.has_warned = True
         cls = type(now)
         message = (
-            f"{seat.path} was converted by syncbn and then replaced by a {cls.__module__}.{cls.__qualname__}, which "
+            f"{entry.path} was converted by syncbn and then replaced by a {cls.__module__}.{cls.__qualname__}, which "
             f"does not know its group. {REMEDY} syncbn.plan(model) lists all layers that were replaced."
         )
         try:

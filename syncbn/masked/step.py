@@ -47,9 +47,11 @@ def plain_step(
     elif group is not None:
         like_x = torch.empty(0, x.shape[1], dtype=x.dtype, device="meta")  # does not keep x alive
         facts = like_x, torch.is_grad_enabled() and x.requires_grad, eps, running.momentum
-        packed = TransformableSum.apply(packed, group, name, "forward again" if is_again else "forward", facts)
+        direction = "forward" + " with a mask" * (mask is not None) + " again" * is_again  # for the order check
+        packed = TransformableSum.apply(packed, group, name, direction, facts)
     if weights is not None or x.numel() <= x.shape[1]:
-        refuse_count(packed[-1].detach())
+        for count in private.without_vmap(packed[-1].detach()):
+            refuse_count(count)
     if running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(1)
     batch_statistics(packed.detach(), running, eps, is_empty=True)
