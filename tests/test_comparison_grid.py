@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 
 from experiment.comparison.grid import AXES, GROUPS, OTHERS, base_config, make_cells, quoted, shared_overrides
 from experiment.comparison.results_file import Results
-from syncbn.lightning import NormConverter
 
 CONF = Path(__file__).parents[1] / "conf"
 OWN = {"norm", "seed", "simulate", "audit", "ckpt_path", "run_dir", "checkpoint_every", "timeout"}
@@ -274,4 +273,4 @@ def test_every_arm_composes_for_a_comparison():
     arms = sorted(path.stem for path in CONF.glob("norm/*.yaml"))
     cells = grid(f"arms=[{','.join(arms)}]", "seeds=[0]", "per_rank_batch_sizes=[1]")
     assert [cell.arm for cell in cells] == arms
-    assert {cell.norm["_target_"] for cell in cells} == {f"{NormConverter.__module__}.{NormConverter.__name__}"}
+    assert {cell.norm["_target_"] for cell in cells} == {"syncbn.lightning.NormConverter"}

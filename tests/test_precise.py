@@ -530,7 +530,7 @@ class WithDictionaries(WithoutForward):
 def refused_before_the_first_step(rank, world_size, path):
     for cls, message in (
         (WithoutForward, r"WithoutForward.forward, which has none; say how .* PreciseStatistics\(forward=lambda"),
-        (WithLengths, "WithLengths.forward, which is called with the first item .*: missing .* argument: 'lengths'"),
+        (WithLengths, "WithLengths.forward, which is called with the first item .*missing .* argument: 'lengths'"),
         (WithDictionaries, "begins with the input, got dict; pass forward"),
     ):
         module = cls()
