@@ -28,8 +28,8 @@ VERSIONS = {  # torch: Python, torchvision
 }
 TOOLS = ["pytest>=9", "pytest-timeout", "hypothesis"]
 CORE = [
-    "audit", "batchnorm", "build", "collectives", "compat", "convert", "cpu_kernels", "cuda_kernels", "ddp", "debug",
-    "detection", "ecosystem", "freeze", "functional", "gans", "ghost", "gpu_check", "layers", "lightning",
+    "audit", "batchnorm", "build", "collectives", "compat", "convert", "cpu_kernels", "cuda_kernels", "ddp", "ddp_order",
+    "debug", "detection", "ecosystem", "freeze", "functional", "gans", "ghost", "gpu_check", "layers", "lightning",
     "many_ranks", "norms", "precise", "precision", "properties", "recompute", "selfsupervision", "triton_kernels",
     "triton_launch",
 ]  # fmt: skip
