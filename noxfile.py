@@ -28,10 +28,11 @@ VERSIONS = {  # torch: Python, torchvision
 }
 TOOLS = ["pytest>=9", "pytest-timeout", "hypothesis"]
 CORE = [
-    "audit", "batchnorm", "build", "collectives", "compat", "convert", "cpu_kernels", "cuda_kernels", "ddp", "debug",
-    "detection", "ecosystem", "freeze", "functional", "gans", "ghost", "gpu_check", "layers", "lightning",
-    "lightning_averages", "lightning_namespaces", "many_ranks", "norms", "precise", "precision", "properties",
-    "recompute", "selfsupervision", "triton_kernels", "triton_launch",
+    "audit", "batchnorm", "build", "collectives", "compat", "convert", "converted", "cpu_kernels", "cuda_kernels",
+    "ddp", "ddp_order", "debug", "detection", "ecosystem", "freeze", "functional", "gans", "ghost", "gpu_check",
+    "layers", "lightning", "lightning_averages", "lightning_namespaces", "local", "many_ranks", "masks", "norms",
+    "other_statistics", "patches", "point_clouds", "precise", "precision", "properties", "recompute", "replaced",
+    "selfsupervision", "speech", "transforms", "triton_kernels", "triton_launch", "wrapped",
 ]  # fmt: skip
 EXPERIMENTS = [
     "bench", "classifiers", "compare", "comparison_grid", "comparison_page", "comparison_runner",

@@ -15,7 +15,7 @@ from ranks import RankError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
-from syncbn import compat
+from syncbn import compat, private
 from syncbn.distributed import exchange, subgroups
 
 
@@ -267,6 +267,17 @@ def mesh_of_the_others(rank, world_size):
 
 def test_a_mesh_that_this_rank_is_not_in(run):
     assert run(mesh_of_the_others, 3, timeout=40) == [([0, 1], [0, 1])] * 2 + [None]
+
+
+def mesh_without_the_private_names(rank, world_size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(private, "_new_group", None)
+        mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("a", "b", "c"))
+        return members(syncbn.SyncBatchNorm(2, process_group=mesh["b", "c"]))
+
+
+def test_a_mesh_without_the_private_names(run):
+    assert run(mesh_without_the_private_names, 4) == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
 def compiled_mesh(rank, world_size):

@@ -297,6 +297,24 @@ def test_a_twin_beside_ddp_is_named(run):
             assert re.search(r"call 0 of group \w+ \(twin of group 1, ranks 0-1\)", messages[1]), messages[1]
 
 
+def frozen_from_the_start(rank, world_size):
+    """Rank 1 has frozen its layers when the others make the twin."""
+    model = syncbn.convert(Net())
+    ddp = DistributedDataParallel(syncbn.freeze(model) if rank == 1 else model)
+    with check_order(SHORT):
+        return caught(ddp, torch.randn(3, 4))
+
+
+def test_a_rank_that_does_not_come_to_make_the_twin(run):
+    messages = run(frozen_from_the_start, 3)
+    assert messages[1] is None
+    for rank in (0, 2):
+        text = "rank 1 did not come within 1 s to the twin of group 0, about to be made, 0 numbers, call 0 of group 0"
+        assert text in messages[rank]
+        assert "rank 1: last norm2 (Net), forward in eval mode" in messages[rank]
+        assert "found all ranks here" not in messages[rank]
+
+
 class Counted:
     """A store that counts the calls of its methods."""
 

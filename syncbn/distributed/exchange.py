@@ -10,28 +10,25 @@ from torch.distributed import ProcessGroup
 
 from ..compat import all_gather_single
 from ..private import active_ddp, all_reduce_in_graph, backend_name, backend_name_in_graph, gather_in_graph
+from . import subgroups
 from .groups import GroupSpec, current_world, rank_in_world
-from .subgroups import twin_of
 
 Facts = tuple[Any, ...]  # for the observer: the input, whether it needs a gradient, eps, momentum
 _GATHER_BYTES = 2**20  # that a rank receives: above, all_reduce moves less
 
-# Called before every exchange, and may raise: the order check of `syncbn.debug`.
-_observer: Any = None
 _HINT = "Where the others were, SYNCBN_CHECK_ORDER=1 shows in the next run (see syncbn.debug)."
 
 
 def observe(observer: Any) -> Any:
     """Call ``observer`` before all exchanges of this process; return the one so far."""
-    global _observer
-    before, _observer = _observer, observer
+    before, subgroups.observer = subgroups.observer, observer
     return before
 
 
 def note_eval(name: str) -> None:
     """Report to the observer, if there is one, that a layer runs in eval mode, without an exchange."""
-    if _observer is not None and not torch.compiler.is_compiling():
-        _observer.note_eval(name)
+    if subgroups.observer is not None and not torch.compiler.is_compiling():
+        subgroups.observer.note_eval(name)
 
 
 def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
@@ -46,8 +43,10 @@ def group_of(spec: GroupSpec, name: str) -> ProcessGroup | None:
             return group
     try:
         group = spec.resolve()
-        group = None if group is None else twin_of(group.group_name) or group
+        group = None if group is None else subgroups.twin_of(group.group_name) or group
     except RuntimeError as error:
+        if str(error).startswith("syncbn: "):  # of the observer
+            raise
         raise explain(error, name, "when the process groups were made") from error
     if group is not None and world is not None and spec.ranks is None:  # a ProcessGroup can be destroyed by itself
         spec.found = weakref.ref(group), weakref.ref(world), found_by if ddp is None else weakref.ref(ddp)
@@ -70,8 +69,8 @@ def all_reduce(packed: Tensor, group: ProcessGroup | None, name: str, direction:
         if is_small and packed.device.type == "cpu" and backend_name_in_graph(group) == "gloo":
             return gather_in_graph(packed, group).view(num_ranks, -1).sum(0)
         return all_reduce_in_graph(packed, group)
-    if _observer is not None:
-        _observer.before_exchange(group, packed.numel(), name, direction, facts)
+    if subgroups.observer is not None:
+        subgroups.observer.before_exchange(group, packed.numel(), name, direction, facts)
     try:
         if not packed.is_cpu:
             dist.all_reduce(packed, group=group)
@@ -106,7 +105,7 @@ class DifferentiableSum(torch.autograd.Function):
 
 def explain(error: Exception, name: str, direction: str) -> Exception:
     """Return an error of the class of ``error`` that says where it was raised, and what to do."""
-    hint = _HINT if _observer is None else _observer.hint
+    hint = _HINT if subgroups.observer is None else subgroups.observer.hint
     text = f"{error}\nsyncbn: raised in the exchange of {name}, {direction}, on rank {rank_in_world()}. {hint}"
     try:
         return type(error)(text)

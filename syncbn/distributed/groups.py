@@ -129,10 +129,9 @@ def _check_spec(value: ProcessGroupLike) -> None:
 def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
     if len(ranks) == 1 or dist.get_world_size() == 1:
         return None
-    groups: list[ProcessGroup | None] = [dist.group.WORLD, *(known_groups() or ())]
-    for group in groups:
-        if group is not None and tuple(ranks_of(group)) == ranks:
-            return group
+    for group in known_groups() or [dist.group.WORLD]:
+        if tuple(ranks_of(group)) == ranks:
+            return group  # type: ignore[no-any-return]
     raise ValueError(
         f"process_group: this layer has the group of the ranks {list(ranks)}, and no such group exists (any more). "
         "Make it with torch.distributed.new_group on every rank, or set layer.process_group."

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from ..compat import all_gather_single
 from ..private import active_ddp, backend_name, group_named, group_of_members, timeout_of
 
+observer: Any = None  # called before every exchange, and may raise: the order check of `syncbn.debug`
 declared: "weakref.WeakValueDictionary[int | str, Any]" = weakref.WeakValueDictionary()  # specs in use, by value
 # By group, what was made beside it, weakly: torch may abort at exit over a group that is left. By ranks a twin, or the
 # group of a mesh; of the world by int or "node" a ProcessGroup, "world", None for a group of one, or a ValueError.
@@ -125,6 +126,8 @@ def _made_beside(group: ProcessGroup, ranks: tuple[int, ...], what: str) -> Proc
     made = _made.setdefault(group, {})
     found: ProcessGroup | None = made[ranks]() if ranks in made else None
     if found is None:
+        if observer is not None and len(ranks) == group.size():
+            observer.before_exchange(group, 0, f"the {what}", "about to be made", ())
         found = group_of_members(ranks, group, what)
         made[ranks] = weakref.ref(found)
     return found

@@ -33,7 +33,7 @@ class SyncBatchNorm(BatchNorm):
 
     Args:
         process_group: Ranks that share statistics: None for all, a number of consecutive ranks, "node", a
-            ProcessGroup, or a DeviceMesh of one dimension.
+            ProcessGroup, or a DeviceMesh (all its ranks).
         bias: Whether an affine layer has a ``bias``. All other arguments are those of ``nn.BatchNorm2d``.
 
     Raises and sources: see `functional.sync_batch_norm`; a ValueError for an unusable ``process_group``.
