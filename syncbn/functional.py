@@ -51,10 +51,10 @@ def sync_batch_norm(
 
     Raises:
         ValueError: If ``input`` has another shape or dtype than stated (half types go with float32 parameters too),
-            is sparse, nested or, in training, a DTensor, or on a device without float64; if ``eps`` is not positive in
-            training; if ``mask`` has another shape, dtype or device, or requires a gradient; on every rank alike, if
-            all ranks together have one value per channel (a total weight in (0, 1]), or a weight is negative or not
-            finite.
+            is sparse, nested or, in training or beside plain tensors, a DTensor, or on a device without float64; if
+            ``eps`` is not positive in training; if ``mask`` has another shape, dtype or device, or needs a gradient;
+            in training, on every rank alike, if all ranks together have one value per channel (a total weight in (0,
+            1]), or a weight is negative or not finite.
     """
     check_input(input, weight, running_mean, eps if training else None)
     if not training:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masked.mask import check_mask
+from .masked.mask import check_mask, weights_of
 from .masked.step import plain_step
 from .ops.autograd import train_step
 from .ops.layout import SUM_DTYPE
@@ -22,15 +22,18 @@ def evaluate(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Normalize by running statistics; without any by those of the batch of this rank alone, as nn.BatchNorm does."""
+    padding = None
     if mask is not None:
         check_mask(mask, x)
         if mean is None:
             return plain_step(x, weight, bias, Running(), eps, None, "eval", mask=mask)
+        padding = weights_of(mask, x).padding
+        x = torch.where(padding, 0, x)  # NaN there would be one in the gradient of the weight
     if not _is_torch_mix(x, mean, var, weight, bias):
         dtype = SUM_DTYPE.get(x.dtype, x.dtype)
         mean, var, weight, bias = (None if t is None else t.to(dtype) for t in (mean, var, weight, bias))
     y = F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, eps)
-    return y if mask is None else torch.where(mask.contiguous() > 0, y, 0)
+    return y if padding is None else torch.where(padding, 0, y)
 
 
 def one_process(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float) -> Tensor:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from oracle import compare, make_case, run_case, truth
 from ranks import RankError
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
@@ -499,3 +501,35 @@ def test_odd_arguments(run):
     for running_mean, _, devices, strides in results:
         torch.testing.assert_close(running_mean, mean / 2)
         assert (devices, strides) == (["cpu"] * 2, [True] * 2)
+
+
+def distributed_tensors(rank, world_size):
+    mesh = init_device_mesh("cpu", (world_size,))
+    x = distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)])
+    messages = []
+    for is_training in (True, False):
+        with pytest.raises(ValueError, match=r"plain tensors .* got a DTensor") as error:
+            syncbn.SyncBatchNorm(3).train(is_training)(x)
+        messages.append(str(error.value))
+    layer = syncbn.SyncBatchNorm(3)
+    expected = copy.deepcopy(layer)(x.to_local())
+    assert torch.equal(layer(x.to_local()), expected)  # as the message says
+    return messages
+
+
+def test_distributed_tensors_are_refused_by_name(run):
+    first, second = run(distributed_tensors, 2)
+    assert first == second
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage", "ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "nested", "jagged"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_sparse_and_nested_inputs_are_refused_by_name(layout, is_training):
+    if layout in ("nested", "jagged"):
+        options = {"layout": torch.jagged} if layout == "jagged" else {}
+        x = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], **options)
+    else:
+        x = torch.randn(4, 4).to_sparse() if layout == "sparse_coo" else torch.randn(4, 4).to_sparse_csr()
+    with pytest.raises(ValueError, match="expected a dense input"):
+        syncbn.SyncBatchNorm(4).train(is_training)(x)

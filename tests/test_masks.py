@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.functional import sync_batch_norm
+from syncbn.nn.activated import SyncBatchNormAct
 
 C = 3
 LIMITS = {torch.float64: (1e-9, 1e-10), torch.float32: (2e-5, 2e-5), torch.bfloat16: (2e-2, 2e-2)}
@@ -209,6 +210,28 @@ def test_one_process_and_eval():
     torch.testing.assert_close(pack(own(x, mask), mask), nn.BatchNorm1d(C, dtype=torch.float64)(pack(x, mask)))
 
 
+@pytest.mark.parametrize("freeze", [False, True], ids=["eval", "frozen"])
+def test_padding_stays_out_of_gradients_by_running_statistics(freeze):
+    (x,), (mask,), (dy,) = draw([(4, C, 6)])
+    layer, plain = make(syncbn.SyncBatchNorm), make(nn.BatchNorm1d).eval()
+    layer = syncbn.freeze(layer) if freeze else layer.eval()
+    x.requires_grad_()
+    y = layer(x, mask)
+    (y * dy).sum().backward()
+    result = y.detach(), x.grad, [p.grad for p in layer.parameters()], dict(layer.named_buffers())
+    compare([result], [mask], reference([x.detach()], [mask], [dy], plain))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_is_0_after_an_activation(training):
+    layer = SyncBatchNormAct(C).train(training)
+    layer.act = nn.Sigmoid()
+    mask = torch.rand(4, 1, 3, 3) < 0.5
+    y = layer(torch.randn(4, C, 3, 3), mask)
+    assert (y.masked_select(~mask) == 0).all()
+    assert (y.masked_select(mask) > 0).all()
+
+
 def nothing_valid(rank, world_size):
     layer = make(syncbn.SyncBatchNorm)
     x = torch.full((2, C, 4), float("nan"), dtype=torch.float64).requires_grad_()
@@ -397,9 +420,9 @@ def refused_rank(rank, world_size, what):
     """Every rank calls; only rank 1's mask is at fault where its numbers are."""
     layer, x = make(syncbn.SyncBatchNorm), torch.randn(2, C, 4, dtype=torch.float64)
     mask = torch.ones(2, 1, 4, dtype=torch.float64)
-    if what in ("negative", "nan", "inf"):
+    if what in WRONG:
         if rank == 1:
-            mask[0, 0, 0] = {"negative": -1.0, "nan": float("nan"), "inf": float("inf")}[what]
+            mask[0, 0, 0] = WRONG[what]
     elif what in ("one value", "weight of 0.5"):
         mask[:] = 0
         if rank == 0:
@@ -414,6 +437,7 @@ def refused_rank(rank, world_size, what):
     return message
 
 
+WRONG = {"negative": -1.0, "nan": float("nan"), "inf": float("inf")}
 BAD = {
     "ids": lambda: torch.ones(2, 1, 4, dtype=torch.int64),
     "uint8": lambda: torch.ones(2, 1, 4, dtype=torch.uint8),

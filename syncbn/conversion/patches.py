@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 UNDO = (
-    "accelerate's hooks: accelerate.hooks.remove_hook_from_module(model, recurse=True); else delete the attribute, as "
-    "in del layer.forward"
+    "delete the attribute, as in del layer.forward; accelerate's hooks by "
+    "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
 )
 
 

@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.batchnorm import SyncBatchNorm
-from .third_party import CONVERTERS
+from .third_party import CONVERTERS, is_sync_class
 
-REASON = "a converted layer was here: another converter ran after syncbn.convert"
+REASON = "a converted layer was here, and was replaced after syncbn.convert"
+CALL_AGAIN = "Call syncbn.convert after it."
 REMEDY = f"These converters do that: {CONVERTERS}. Drop it, or call syncbn.convert after it."
 
 
@@ -105,15 +106,18 @@ def clear(model: nn.Module) -> None:
 
 def _on_death(entry: _Entry, _: Any) -> None:
     """Warn if the layer died since another took its place; raises nothing, wherever the collector calls it."""
+    if sys is None or suppress is None:  # the interpreter clears its modules
+        return
     with suppress(Exception):
         now = None if sys.is_finalizing() or entry.call.has_warned else entry.taken_by()
         if now is None:
             return
         entry.call.has_warned = True
         cls = type(now)
+        does = f"does not know its group. {REMEDY}" if is_sync_class(cls) else f"does not synchronize. {CALL_AGAIN}"
         message = (
             f"{entry.path} was converted by syncbn and then replaced by a {cls.__module__}.{cls.__qualname__}, which "
-            f"does not know its group. {REMEDY} syncbn.plan(model) lists all layers that were replaced."
+            f"{does} syncbn.plan(model) lists all layers that were replaced."
         )
         try:
             warnings.warn(message, stacklevel=2)

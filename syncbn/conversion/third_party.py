@@ -19,7 +19,7 @@ FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 # Buffers of modules that normalize with statistics of the batch, whatever their class.
 _STATISTICS = {f"{kind}_{what}" for kind in ("running", "moving") for what in ("var", "variance", "std")}
 
-# Converters that put torch's layer in the place of every BatchNorm, ours too.
+# Converters that replace every BatchNorm, ours too, by torch's layer.
 CONVERTERS = (
     "nn.SyncBatchNorm.convert_sync_batchnorm, Trainer(sync_batchnorm=True), timm's --sync-bn and "
     "convert_sync_batchnorm, Ignite's auto_model(sync_bn=True), mmengine's sync_bn"
@@ -76,6 +76,8 @@ def is_frozen_layer(layer: nn.Module) -> bool:
         return False
     if is_frozen_class(type(layer)):
         return True
+    if "momentum" in layer.__dict__:  # they do move
+        return False
     shapes = {tuple(b.shape) for name in FROZEN_BUFFERS if (b := layer._buffers.get(name)) is not None}
     has_all = all(layer._buffers.get(name) is not None for name in FROZEN_BUFFERS)
     return has_all and len(shapes) == 1 and len(*shapes) == 1 and next(layer.parameters(), None) is None

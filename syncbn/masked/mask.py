@@ -46,5 +46,5 @@ def weights_of(mask: Tensor, x: Tensor) -> Weights:
     total = values.sum(dtype=torch.float64)
     if mask.dtype == torch.bool:
         return Weights(values, ~mask, total)
-    is_usable = ((mask >= 0) & mask.isfinite()).all()
+    is_usable = ((values >= 0) & values.isfinite()).all()
     return Weights(values, values <= 0, torch.where(is_usable, total, torch.nan))

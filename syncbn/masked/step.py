@@ -76,7 +76,7 @@ def local_sums(x: Tensor, weights: Weights | None = None) -> tuple[Tensor, Tenso
     else:
         w, padding, count = weights
         x = torch.where(padding, 0, x)  # NaN too; masked_fill would not keep the memory format
-        shift = (x.detach() * w).sum(dims) / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+        shift = (x.detach() * w).sum(dims) / count.clamp(min=torch.finfo(w.dtype).tiny).to(w.dtype)
         centred = x - per_channel(shift, x)
         rest, sqrest = (centred * w).sum(dims), (centred.square() * w).sum(dims)
     shift, rest = shift.double(), rest.double()

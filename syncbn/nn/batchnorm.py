@@ -129,7 +129,8 @@ class SyncBatchNorm(BatchNorm):
         return state["_last_dims"]  # type: ignore[no-any-return]
 
     def _get_name(self) -> str:
-        return f"syncbn.{type(self).__name__}"  # in print, to be told from torch's
+        cls = type(self)  # in print, not to be taken for torch's
+        return f"syncbn.{cls.__name__}" if cls.__module__.startswith("syncbn.") else cls.__name__
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments, the process group only where it is not the world."""

@@ -24,9 +24,10 @@ def check_input(
     if is_sparse(x):
         kind = "nested" if x.is_nested else x.layout
         raise ValueError(f"expected a dense input (N, C, *), got {kind}; normalize its values, or pad it with a mask.")
-    if eps is not None and any(type(t).__name__ == "DTensor" for t in (x, weight)):
+    kinds = {type(t).__name__ == "DTensor" for t in (x, weight, running_mean) if t is not None}
+    if True in kinds and (eps is not None or False in kinds):
         how = "of an input sharded over the batch give input.to_local(), and call layers through the sharded module"
-        raise ValueError(f"expected plain tensors in training, got a DTensor; {how}.")
+        raise ValueError(f"expected plain tensors (or in eval mode DTensors alone), got a DTensor; {how}.")
     parameter = running_mean if weight is None else weight
     if x.dim() < 2:
         raise ValueError(f"expected an input of 2 or more dimensions (N, C, *), got shape {tuple(x.shape)}.")
