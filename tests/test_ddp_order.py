@@ -128,7 +128,7 @@ def assert_equal(results, expected):
 
 @pytest.mark.parametrize("options", [TINY, {}, TINY | {"gradient_as_bucket_view": True}], ids=str)
 @pytest.mark.parametrize("is_adapter_first", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_unused_parameters_of_some_ranks(run, world_size, is_adapter_first, options):
     for used in (BEHIND, IN_FRONT, SEVERAL):
         plan = [used, used[1::-1] + used[2:], used]
@@ -138,7 +138,7 @@ def test_unused_parameters_of_some_ranks(run, world_size, is_adapter_first, opti
 
 @pytest.mark.parametrize("static_graph", [True, "later"])
 @pytest.mark.parametrize("is_adapter_first", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_static_graphs_that_differ_between_ranks(run, world_size, is_adapter_first, static_graph):
     for used in (BEHIND, IN_FRONT, SEVERAL):
         options = {"static_graph": static_graph} | TINY

@@ -81,7 +81,7 @@ FAULTS = [
     Fault(faults.skips_the_last_layer, LOUD, "norm2"),
     Fault(faults.skips_a_layer_for_one_row, LOUD, "norm3"),
     Fault(faults.skips_all_layers_for_one_row, LOUD, "norm1", ("returned", "returned"), waits="on"),
-    right(faults.uses_other_parameters_in_ddp, truth=partial(one_process, model=faults.WithParts)),
+    right(faults.uses_other_parameters_in_ddp, slow=True, truth=partial(one_process, model=faults.WithParts)),
     Fault(faults.swaps_layers_of_one_size, "silent", "norm2"),
     Fault(faults.swaps_layers_of_one_size, "silent", "norm2", world_size=3, slow=True),
     Fault(faults.swaps_layers_of_two_sizes, LOUD, r"right\b"),

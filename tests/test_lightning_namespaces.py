@@ -69,8 +69,8 @@ def program(missing, first, used):
     [
         ("lightning", "", "pytorch_lightning"),
         ("pytorch_lightning,lightning_fabric", "", "lightning.pytorch"),
-        ("", "pytorch_lightning", "lightning.pytorch"),
-        ("", "lightning.pytorch", "pytorch_lightning"),
+        pytest.param("", "pytorch_lightning", "lightning.pytorch", marks=pytest.mark.slow),
+        pytest.param("", "lightning.pytorch", "pytorch_lightning", marks=pytest.mark.slow),
     ],
 )
 def test_a_project_of_one_namespace(missing, first, used):
@@ -87,6 +87,7 @@ def test_without_lightning_the_error_says_what_to_install():
     assert "pip install 'syncbn[lightning]'" in last
 
 
+@pytest.mark.slow
 def test_one_that_cannot_be_imported_does_not_keep_the_other_out(tmp_path):
     broken = tmp_path / "pytorch_lightning"
     broken.mkdir()
