@@ -68,7 +68,7 @@ def program(missing, first, used):
     ("missing", "first", "used"),
     [
         ("lightning", "", "pytorch_lightning"),
-        ("pytorch_lightning,lightning_fabric", "", "lightning.pytorch"),
+        pytest.param("pytorch_lightning,lightning_fabric", "", "lightning.pytorch", marks=pytest.mark.slow),
         pytest.param("", "pytorch_lightning", "lightning.pytorch", marks=pytest.mark.slow),
         pytest.param("", "lightning.pytorch", "pytorch_lightning", marks=pytest.mark.slow),
     ],
