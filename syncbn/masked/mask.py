@@ -33,7 +33,7 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
         raise ValueError(f"{_ADVICE}, got one that requires a gradient, which weights have none of; detach it.")
     target = (x.shape[0], 1, *x.shape[2:])
     sizes = zip(reversed(mask.shape), reversed(target), strict=False)
-    if mask.dim() > x.dim() or any(a not in (1, b) for a, b in sizes):
+    if mask.dim() > x.dim() or any(a != 1 and a != b for a, b in sizes):
         hint = "; put a dimension for the channels in, as in mask.unsqueeze(1)" if mask.dim() == x.dim() - 1 else ""
         shapes = f"broadcastable to (N, 1, *) = {target}, got {tuple(mask.shape)}"
         raise ValueError(f"{_ADVICE}: a tensor {shapes} for an input {tuple(x.shape)}{hint}.")
