@@ -1,8 +1,8 @@
 """The classes of converted layers: subclasses of SyncBatchNorm and of the class that the user wrote.
 
-So code that asks for ``nn.BatchNorm2d`` finds them. Those of torch's three stand here. Others are made once for each
-pair of classes; their qualified name holds the pair, and whoever asks this module for that name, as pickle does, gets
-the class, made again where it has to be.
+So code that tests for ``nn.BatchNorm2d`` finds them. Those of torch's three are defined here. Others are made once for
+each pair of classes, and their qualified name contains both. Pickle looks up a class by its name in this module, which
+makes the class again if it does not exist yet (see `__getattr__`).
 """
 
 import re
