@@ -4,8 +4,8 @@ from . import compat as compat  # first: it refuses a torch that is too old
 from . import debug, functional
 from .audit import Audit, AuditRow, audit
 from .conversion.classes import register
+from .conversion.companions import PlanRow
 from .conversion.convert import convert, plan, revert
-from .conversion.rules import PlanRow
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
 from .ops.backends import use_kernels

@@ -5,10 +5,10 @@ from torch import Tensor
 from .distributed.exchange import group_of
 from .distributed.groups import GroupSpec, ProcessGroupLike
 from .local import evaluate, one_process
-from .masked.step import plain_step
 from .ops.autograd import is_transformed, train_step
 from .ops.checks import check_input
 from .ops.reference import Running
+from .plain.step import plain_step
 
 
 def sync_batch_norm(

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masked.mask import check_mask, weights_of
-from .masked.step import plain_step
 from .ops.autograd import train_step
 from .ops.layout import SUM_DTYPE
 from .ops.reference import Running
+from .plain.mask import check_mask, weights_of
+from .plain.step import plain_step
 from .private import running_backward
 
 

@@ -342,7 +342,11 @@ def hooked(num_features):
         ("gn", {"num_groups": "3"}, "1: .*not supported between"),
         (nn.GroupNorm(2, 4), {}, "unknown norm GroupNorm.*expected one of bn, .*, none, or a class or function"),
         (None, {}, "unknown norm None"),
-        (PerChannel, {"process_group": 2}, "process_group belongs to norm 'syncbn', not to 'PerChannel'"),
+        (
+            PerChannel,
+            {"process_group": 2},
+            r"process_group belongs to norms that synchronize \(syncbn.*\), not to 'PerChannel'",
+        ),
         ("none", {"eps": 1}, "norm 'none' takes no keyword arguments, not eps"),
     ],
 )

@@ -13,9 +13,10 @@ from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..distributed.subgroups import make_groups
 from ..nn.batchnorm import SyncBatchNorm, name_layers
 from . import norms, patches, replaced
+from .companions import PlanRow
 from .norms import Norm
 from .planning import decide_all
-from .rules import CHANGES, Action, Decision, PlanRow, Target, apply
+from .rules import CHANGES, Action, Decision, Target, apply
 from .swap import PLAIN, original_class, original_of, restore, swap_to_batchnorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -97,7 +98,8 @@ def plan(
     Layers that would make `convert` raise are rows with the reason.
     """
     target = _target(norm, process_group, include_frozen, norm_kwargs)
-    return [decision.row for _, decision in decide_all(module, target, include, exclude)]
+    decisions = [decision for _, decision in decide_all(module, target, include, exclude)]
+    return [row for decision in decisions for row in (decision.row, *(c.row for c in decision.companions))]
 
 
 def revert(module: M, *, as_batchnorm: bool = False) -> M:
@@ -159,6 +161,14 @@ def _warn(module: nn.Module, norm: str, decisions: list[Decision]) -> None:
 
 def _target(norm: Norm, process_group: ProcessGroupLike, include_frozen: bool, norm_kwargs: dict[str, Any]) -> Target:
     norms.check(norm, norm_kwargs)
-    if norm != "syncbn" and process_group is not None:
-        raise ValueError(f"process_group belongs to norm 'syncbn', not to {norms.name_of(norm)!r}.")
-    return Target(norm, None if process_group is None else GroupSpec(process_group), include_frozen, norm_kwargs)
+    if process_group is None:
+        return Target(norm, None, include_frozen, norm_kwargs)
+    if not norms.synchronizes(norm):
+        choices = ", ".join(name for name in ("syncbn", *norms.REGISTRY) if norms.synchronizes(name))
+        raise ValueError(
+            f"process_group belongs to norms that synchronize ({choices}), not to {norms.name_of(norm)!r}."
+        )
+    spec = GroupSpec(process_group)
+    return Target(
+        norm, spec, include_frozen, norm_kwargs if norm == "syncbn" else {**norm_kwargs, "process_group": spec}
+    )

@@ -77,11 +77,17 @@ def check(norm: Norm, options: dict[str, Any]) -> None:
             f"unknown norm {norm!r}: expected one of {', '.join(['bn', 'syncbn', *REGISTRY])}, or a class or function "
             "that makes a module from num_features."
         )
-    known = list(signature(REGISTRY[norm]).parameters)[1:] if norm in REGISTRY else []
+    known = [] if norm not in REGISTRY else list(signature(REGISTRY[norm]).parameters)[1:]
+    known = [name for name in known if name != "process_group"]  # an argument of convert itself
     unknown = [name for name in options if name not in known]
     if unknown:
         choices = ", ".join(known) or "no keyword arguments"
         raise ValueError(f"norm {norm!r} takes {choices}, not {', '.join(unknown)}.")
+
+
+def synchronizes(norm: Norm) -> bool:
+    """Whether layers of ``norm`` have a process group."""
+    return norm == "syncbn" or (norm in REGISTRY and "process_group" in signature(REGISTRY[norm]).parameters)
 
 
 def make(norm: Norm, layer: nn.Module, options: dict[str, Any]) -> nn.Module:

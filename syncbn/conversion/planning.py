@@ -1,6 +1,6 @@
 """Walk over a model, and decide what becomes of every layer that has statistics of batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -9,9 +9,13 @@ from ..nn.frozen import FrozenStatistics
 from ..private import is_compiled
 from . import replaced
 from .classes import sync_class_of
-from .rules import Action, Decision, PlanRow, Target, decide, is_family
+from .companions import PlanRow
+from .rules import Action, Decision, Target, decide, is_family
 from .swap import original_of
 from .third_party import advice, is_frozen_layer, keeps_statistics, wrapper_of
+
+# Of norms that change more than the layer: add companions to the decisions about a model, or refuse.
+ADD_COMPANIONS: dict[str, Callable[[nn.Module, list[tuple[nn.Module, Decision]], Target], None]] = {}
 
 _ORDER = "The order is: convert, then compile, shard or wrap, then make the optimizer."
 
@@ -34,6 +38,8 @@ def decide_all(
         if layer in taken:
             decision.row = decision.row._replace(reason=f"{decision.row.reason}; {replaced.REASON}")
         decisions.append((layer, decision))
+    if target.norm in ADD_COMPANIONS:
+        ADD_COMPANIONS[target.norm](module, decisions, target)
     return decisions
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,19 +12,11 @@ from ..nn.activated import SyncBatchNormAct
 from ..nn.batchnorm import SyncBatchNorm
 from . import frozen, norms, patches, problems, swap
 from .classes import converted_class, sync_class_of
+from .companions import Companion, PlanRow
 from .swap import original_class, original_of
 from .third_party import FROZEN_BUFFERS, is_frozen_layer
 
 _ISOLATED = norms.key("bn", {})  # of a layer that was written to synchronize, in groups of one
-
-
-class PlanRow(NamedTuple):
-    """What conversion does to one layer: ``to`` is None where the layer stays as it is, ``reason`` says why."""
-
-    name: str
-    from_: str
-    to: str | None
-    reason: str
 
 
 class Action(Enum):
@@ -52,6 +44,7 @@ class Decision:
     action: Action = Action.KEEP
     becomes: type[nn.Module] = SyncBatchNorm
     new: nn.Module | None = None
+    companions: list[Companion] = field(default_factory=list)
     written_spec: GroupSpec = field(default_factory=lambda: GroupSpec(None))  # of an nn.SyncBatchNorm
 
 
@@ -119,6 +112,7 @@ def apply(decision: Decision, layer: nn.Module, target: Target) -> None:
         assert decision.new is not None
         key = norms.key(target.norm, target.norm_kwargs)
         swap.swap_to_other(layer, decision.new, key, activate=sync_class_of(original_class(layer)) is SyncBatchNormAct)
+        swap.change_companions(layer, decision.companions)
 
 
 def _synchronize(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm]) -> Decision:

@@ -4,7 +4,7 @@ The module object stays; only its class, and what belongs to that class, is exch
 aliases, the training flag and the user's own attributes need no copying, and the way back is exact.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..distributed.groups import GroupSpec
 from ..nn.batchnorm import SyncBatchNorm
 from ..nn.converted import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from . import frozen, replaced
+from .companions import Companion
 
 PLAIN = (SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
 _MODULE_STATE = frozenset(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
@@ -34,6 +35,7 @@ class Original:
     added: list[str] = field(default_factory=list)  # attributes it did not have
     members: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameters, buffers, modules, if exchanged
     dtype: torch.dtype | None = None  # of what it was swapped to, then
+    companions: list[Companion] = field(default_factory=list)  # other modules that changed with it
 
 
 def original_of(layer: nn.Module) -> Original | None:
@@ -107,10 +109,22 @@ def swap_to_other(layer: nn.Module, new: nn.Module, norm: tuple[Any, ...], activ
         layer.register_forward_hook(_activate, prepend=True)
 
 
+def change_companions(layer: nn.Module, companions: list[Companion]) -> None:
+    """Change the modules that change with a swapped layer."""
+    original = original_of(layer)
+    assert original is not None
+    for companion in companions:
+        companion.change()
+        original.companions.append(companion)
+
+
 def original_twin(layer: nn.Module) -> nn.Module:
     """Return a stand-in for ``layer`` as the user wrote it, with its tensors; ``layer`` itself is not touched."""
     twin = object.__new__(type(layer))
     twin.__dict__.update(layer.__dict__, _forward_hooks=layer._forward_hooks.copy())
+    original = original_of(layer)
+    if original is not None:  # its companions are the layer's
+        twin.__dict__["_syncbn_original"] = replace(original, companions=[])
     restore(twin)
     return twin
 
@@ -121,6 +135,8 @@ def restore(layer: nn.Module) -> None:
     if original is None:
         return
     replaced.forget(layer)
+    for companion in reversed(original.companions):
+        companion.undo()
     for key in [key for key, hook in layer._forward_hooks.items() if hook is _activate]:
         del layer._forward_hooks[key]
     if isinstance(layer, SyncBatchNorm):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..masked.mask import weights_of
+from ..plain.mask import weights_of
 from .batchnorm import SyncBatchNorm
 
 

@@ -4,16 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..compat import BatchNorm
 from ..distributed import ddp
 from ..distributed.exchange import group_of, note_eval
 from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..local import evaluate, one_process
-from ..masked.step import plain_step
 from ..ops.autograd import is_transformed, train_step
 from ..ops.checks import check_input
 from ..ops.reference import Running
+from ..plain.step import plain_step
 from ..private import active_ddp
 
 
@@ -83,18 +84,22 @@ class SyncBatchNorm(BatchNorm):
         running = Running()
         if self.track_running_stats:
             running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-        name = ""  # in a graph one layer's name must not stand for all
-        if not torch.compiler.is_compiling():
-            if active_ddp() is not None:
-                self._enter_ddp(active_ddp())
-            name = self._layer_name or f"SyncBatchNorm({self.num_features})"
-        group, weight, bias = group_of(self.group_spec, name), self.weight, self.bias
+        (group, name), weight, bias = self._group_and_name(), self.weight, self.bias
         if group is None and mask is None:
             check_input(input, weight, running.mean, self.eps, self.num_features)
             return one_process(input, weight, bias, running, self.eps)
         if mask is not None or is_transformed():
             return plain_step(input, weight, bias, running, self.eps, group, name, self.num_features, mask)
         return train_step(input, weight, bias, running, self.eps, group, name, self.num_features)
+
+    def _group_and_name(self) -> tuple[ProcessGroup | None, str]:
+        """Find the ranks of this forward, None where there is nothing to exchange, and a name for messages."""
+        name = ""  # in a graph one layer's name must not stand for all
+        if not torch.compiler.is_compiling():
+            if active_ddp() is not None:
+                self._enter_ddp(active_ddp())
+            name = self._layer_name or f"SyncBatchNorm({self.num_features})"
+        return group_of(self.group_spec, name), name
 
     def _evaluate(self, x: Tensor, mask: Tensor | None) -> Tensor:
         check_input(x, self.weight, self.running_mean, None, self.num_features)

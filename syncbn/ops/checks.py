@@ -66,7 +66,7 @@ def refuse_count(count: Tensor) -> None:
         assert_in_graph((count == 0) | (count > 1), f"{text} 1 (or weights below 0) {where}")
         return
     value = count.item()
-    if value != value:  # NaN, see `masked`
+    if value != value:  # NaN, see `plain.mask`
         raise ValueError(f"expected the weights of a mask to be 0 or more, and finite, got others {where}.")
     if 0 < value <= 1:
         hint = "" if value == 1 else "; the weights of a mask count as numbers of values"

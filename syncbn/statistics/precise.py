@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..masked.mask import check_mask, weights_of
-from ..masked.step import local_sums
 from ..nn.batchnorm import SyncBatchNorm
 from ..ops.reference import forward_reduce, moments
+from ..plain.batch import local_sums
+from ..plain.mask import check_mask, weights_of
 from .buffers import layers_with_statistics, statistics_of, sum_over_ranks, write
 from .freeze import MODE_WHEN_UNFROZEN
 

@@ -1,9 +1,9 @@
-"""A training step in plain operators around one exchange, which autograd and torch.func differentiate to any order.
+"""The sums of a batch that is spread over ranks, in plain operators around one exchange.
 
-Slower than `ops.autograd`, and more general: it serves masks, torch.func (grad, vjp, jvp, vmap) and forward-mode AD.
+autograd and torch.func differentiate them to any order. What normalizes otherwise than BatchNorm starts from here.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,55 +11,64 @@ from torch.distributed import ProcessGroup
 
 from .. import private
 from ..distributed.exchange import DifferentiableSum
-from ..ops.checks import check_input, refuse_count
+from ..ops.checks import refuse_count
 from ..ops.layout import SUM_DTYPE, per_channel
-from ..ops.reference import Running, batch_statistics
+from ..ops.reference import moments
 from .mask import Weights, check_mask, weights_of
 
 
-def plain_step(
+class Batch(NamedTuple):
+    """A batch on all ranks: this rank's values and everybody's sums, which are functions of the values."""
+
+    summed: Tensor  # [sum, sqsum, count] over all ranks, (2C + 1,), float64
+    centred: Tensor  # x - shift, half types in float32
+    shift: Tensor  # (C,), float64
+    weights: Weights | None  # of a mask
+    is_again: bool  # in a recomputation by activation checkpointing: the first pass has moved the statistics
+    dtype: torch.dtype  # of x
+
+    def mean_var(self) -> tuple[Tensor, Tensor]:
+        """Compute mean and biased variance, ``(C,)``; zeros of a batch without values."""
+        mean, sqdev = moments(self.summed)
+        return mean, sqdev / self.summed[-1].clamp(min=1)
+
+    def scale(self, mean: Tensor, slope: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute ``y = (x - mean) * slope + bias`` with ``(C,)`` each, in the dtype of x; 0 in padding."""
+        constant = (self.shift - mean) * slope if bias is None else bias + (self.shift - mean) * slope
+        slope, constant = slope.to(self.centred.dtype), constant.to(self.centred.dtype)
+        y = self.centred * per_channel(slope, self.centred) + per_channel(constant, self.centred)
+        return (y if self.weights is None else torch.where(self.weights.padding, 0, y)).to(self.dtype)
+
+
+def join(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: Running,
     eps: float,
+    momentum: float | Tensor | None,
     group: ProcessGroup | None,
     name: str,
-    num_features: int | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
-    """Do what `ops.autograd.train_step` does, with the same arguments; with a mask w over valid positions only.
+) -> Batch:
+    """Sum ``x``, already checked, over the ranks of ``group``: one exchange of 2C + 1 numbers, and one backward.
 
-    ``n = sum(w)``, ``mean = sum(w * x) / n`` and ``var = sum(w * x**2) / n - mean**2`` over all ranks, and y is 0
-    where w is 0. One exchange of 2C + 1 numbers forward, and one backward. Errors: see `functional.sync_batch_norm`.
+    ``eps``, ``momentum`` and ``name`` are for messages. Raises a ValueError on all ranks for one value per channel.
     """
-    check_input(x, weight, running.mean, eps, num_features)
     weights = None
     if mask is not None:
         check_mask(mask, x)
         weights = weights_of(mask, x)
     is_again = not torch.compiler.is_compiling() and private.running_backward() != -1
-    if is_again:  # a recomputation: the first pass has moved the statistics
-        running = Running()
     packed, centred, shift = local_sums(x, weights)
     if group is not None and torch.compiler.is_compiling():
         packed = DifferentiableSum.apply(packed, group, name, "forward", ())
     elif group is not None:
         like_x = torch.empty(0, x.shape[1], dtype=x.dtype, device="meta")  # does not keep x alive
-        facts = like_x, torch.is_grad_enabled() and x.requires_grad, eps, running.momentum
+        facts = like_x, torch.is_grad_enabled() and x.requires_grad, eps, 0.0 if is_again else momentum
         direction = "forward" + " with a mask" * (mask is not None) + " again" * is_again  # for the order check
         packed = TransformableSum.apply(packed, group, name, direction, facts)
     if weights is not None or x.numel() <= x.shape[1]:
         for count in private.without_vmap(packed[-1].detach()):
             refuse_count(count)
-    if running.num_batches_tracked is not None:
-        running.num_batches_tracked.add_(1)
-    batch_statistics(packed.detach(), running, eps, is_empty=True)
-    mean, invstd = batch_statistics(packed, Running(), eps, is_empty=True)[:-1].chunk(2)
-    slope = (invstd if weight is None else invstd * weight).to(centred.dtype)
-    constant = (shift - mean) * slope if bias is None else bias + (shift - mean) * slope
-    y = centred * per_channel(slope, x) + per_channel(constant.to(centred.dtype), x)
-    return (y if weights is None else torch.where(weights.padding, 0, y)).to(x.dtype)
+    return Batch(packed, centred, shift, weights, is_again, x.dtype)
 
 
 def local_sums(x: Tensor, weights: Weights | None = None) -> tuple[Tensor, Tensor, Tensor]:
