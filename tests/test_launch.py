@@ -100,6 +100,7 @@ def test_the_users_command(tmp_path, num_ranks, norm):
         assert done.stdout.count(text) == 1
 
 
+@pytest.mark.slow
 def test_an_error_on_two_ranks_ends_at_once_and_leaves_nothing(tmp_path):
     import torchvision  # noqa: F401  # what reads the folders
 
