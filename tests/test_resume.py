@@ -124,7 +124,7 @@ def test_killed_at_every_kind_of_moment(here, whole):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("num_done", "step"),
-    [pytest.param(0, None, marks=SLOW), (1, 3), pytest.param(2, 3, marks=SLOW), pytest.param(3, 4, marks=SLOW), (4, 4)],
+    [(1, 3), (4, 4), *(pytest.param(*case, marks=SLOW) for case in [(0, None), (2, 3), (3, 4)])],
 )
 def test_killed_while_a_checkpoint_takes_its_place(here, whole, num_done, step):  # noqa: F811
     calls = []
