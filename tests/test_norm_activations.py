@@ -42,8 +42,6 @@ def witness_of(norm, layer):
         "evonorm_b0": lambda on: EvoNorm2dB0(6, on),
     }
     witness = makers[norm](getattr(layer, NORMS[norm][2]) is not None).double()
-    if norm.startswith("evonorm"):
-        witness.float = None  # not used; timm computes statistics in float32
     witness.load_state_dict(layer.state_dict())
     return witness
 
@@ -67,17 +65,19 @@ def formula(norm, layer, x, var=None):
 
 def inputs(*shape, seed=2, dtype=torch.float64):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 0.5
-    return x.to(dtype).requires_grad_(), torch.randn(shape, generator=torch.Generator().manual_seed(seed + 100)).to(dtype)
+    return x.to(dtype).requires_grad_(), torch.randn(shape, generator=torch.Generator().manual_seed(seed + 100)).to(
+        dtype
+    )
 
 
 def step(module, x, dy):
     """Output and gradients; the latter of a random weighing of the former."""
     y = module(x)
-    return [y, *torch.autograd.grad((y * dy).sum(), [x, *layer_parameters(module)], allow_unused=True)]
+    return [y, *torch.autograd.grad((y * dy).sum(), [x, *parameters_of(module)])]
 
 
-def layer_parameters(module):
-    return [] if not isinstance(module, nn.Module) else [p for _, p in sorted(module.named_parameters())]
+def parameters_of(module):
+    return [p for _, p in sorted(module.named_parameters())]
 
 
 class InDouble(torch.overrides.TorchFunctionMode):
@@ -110,7 +110,7 @@ def test_equal_to_timm(norm, activate):
 def test_equal_to_the_formula_in_all_dimensions(norm, shape):
     layer, (x, dy) = layer_of(norm), inputs(*shape)
     wanted = formula(norm, layer, x)
-    wanted = [wanted, *torch.autograd.grad((wanted * dy).sum(), [x, *layer_parameters(layer)])]
+    wanted = [wanted, *torch.autograd.grad((wanted * dy).sum(), [x, *parameters_of(layer)])]
     torch.testing.assert_close(step(layer, x, dy), wanted, rtol=1e-11, atol=1e-11)
     single = layer_of(norm, torch.float32)
     y = single(x.float())
@@ -134,7 +134,7 @@ def test_half_inputs_are_computed_in_float32(norm, dtype):
 def test_second_order_memory_format_and_errors(norm):
     layer = layer_of(norm)
     x, _ = inputs(2, 6, 2, 1)
-    assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *layer_parameters(layer)))
+    assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *parameters_of(layer)))
     last = inputs(2, 6, 4, 3)[0].to(memory_format=torch.channels_last)
     assert layer(last).is_contiguous(memory_format=torch.channels_last)
     assert layer(torch.empty(0, 6, 2, 2, dtype=torch.float64)).shape == (0, 6, 2, 2)
@@ -146,7 +146,9 @@ def test_a_learned_eps_of_frn():
     layer, (x, dy) = layer_of("frn", eps=1e-4, learn_eps=True), inputs(4, 6, 1, 1)
     with torch.no_grad():
         layer.eps.fill_(-0.3)
-    wanted = torch.max(x / (x**2 + 0.3).sqrt() * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1), layer.tau.view(-1, 1, 1))
+    wanted = torch.max(
+        x / (x**2 + 0.3).sqrt() * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1), layer.tau.view(-1, 1, 1)
+    )
     torch.testing.assert_close(layer(x), wanted)
     assert torch.autograd.grad((layer(x) * dy).sum(), layer.eps)[0] != 0
     assert list(layer.state_dict()) == ["weight", "bias", "tau", "eps"]
@@ -160,58 +162,240 @@ def test_b0_refuses_what_it_cannot_do():
         layer(inputs(4, 6)[0], torch.ones(4, 1, dtype=torch.bool))
 
 
-def joined_step(rank, splits, process_group):
-    """Two steps of B0 on this rank's part, the second with a penalty of the input's gradient; and an evaluation."""
-    layer = syncbn.convert(nn.Sequential(layer_before(), nn.ReLU()), "evonorm_b0", process_group=process_group)[0]
-    state, parts = layer_of("evonorm_b0").state_dict(), []
-    layer.load_state_dict(state)
-    layer.to(device())
+def on_ranks(rank, world_size, splits, process_group=None):
+    """Two steps of B0 on this rank's part, with a penalty of the input's gradient; and an evaluation."""
+    model = nn.Sequential(nn.BatchNorm2d(6, dtype=torch.float64), nn.ReLU())
+    layer, results = syncbn.convert(model, "evonorm_b0", process_group=process_group)[0].to(device()), []
+    layer.load_state_dict(layer_of("evonorm_b0").state_dict())
     for seed in (1, 2):
         x, dy = (torch.split(t.detach(), splits)[rank].to(device()) for t in inputs(sum(splits), 6, 3, 2, seed=seed))
-        x.requires_grad_()
-        y = layer(x)
-        [dx] = torch.autograd.grad((y * dy).sum(), x, create_graph=True)
-        grads = torch.autograd.grad((y * dy).sum() + (dx**3).sum(), [x, *layer_parameters(layer)])
-        parts.append([t.detach().cpu() for t in (y, dx, *grads)])
+        results.append([t.detach().cpu() for t in penalized_step(layer, x.requires_grad_(), dy)])
     with torch.no_grad():
-        parts.append([layer.eval()(x).cpu(), layer.running_var.cpu()])
-    return parts
+        return *results, layer.eval()(x).cpu(), layer.running_var.cpu()
 
 
-def layer_before():
-    return nn.BatchNorm2d(6, dtype=torch.float64)
+def penalized_step(layer, x, dy):
+    """Output, gradient of the input, and the gradients of a loss that holds both; the parameters' by name."""
+    y = layer(x)
+    [dx] = torch.autograd.grad((y * dy).sum(), x, create_graph=True)
+    return [y, dx, *torch.autograd.grad((y * dy).sum() + (dx**3).sum(), [x, *parameters_of(layer)])]
 
 
-def on_ranks(rank, world_size, splits, process_group=None):
-    return joined_step(rank, splits, process_group)
-
-
-@pytest.mark.parametrize("splits", [(2, 1), (3, 0, 2), (1, 1, 0, 3)])
+@pytest.mark.parametrize("splits", [(3, 0, 2), (5,), pytest.param((1, 1, 0, 3), marks=pytest.mark.slow)])
 def test_b0_on_ranks_equals_timm_on_the_joined_batch(run, splits):
-    from timm.layers import EvoNorm2dB0
-
-    witness, results = EvoNorm2dB0(6).double(), run(on_ranks, len(splits), splits)
-    witness.load_state_dict(layer_of("evonorm_b0").state_dict())
+    witness = witness_of("evonorm_b0", layer_of("evonorm_b0"))
+    results = run(on_ranks, len(splits), splits)
     for index, seed in enumerate((1, 2)):
         x, dy = inputs(sum(splits), 6, 3, 2, seed=seed)
         with InDouble():
-            y = witness(x)
-        [dx] = torch.autograd.grad((y * dy).sum(), x, create_graph=True)
-        wanted = [y, dx, *torch.autograd.grad((y * dy).sum() + (dx**3).sum(), [x, *layer_parameters(witness)])]
-        got = list(zip(*(result[index] for result in results), strict=True))
-        got = [torch.cat(parts) for parts in got[:3]] + [sum(parts) for parts in got[3:]]
+            wanted = penalized_step(witness, x, dy)
+        parts = list(zip(*(result[index] for result in results), strict=True))
+        got = [torch.cat(part) for part in parts[:3]] + [sum(part) for part in parts[3:]]
         torch.testing.assert_close(got, [w.detach() for w in wanted], rtol=1e-10, atol=1e-10)
-    for y, running_var in (result[2] for result in results):
+    for *_, running_var in results:
         torch.testing.assert_close(running_var, witness.running_var, rtol=1e-12, atol=1e-12)
-        assert y.shape[1:] == (6, 3, 2)
-    torch.testing.assert_close(torch.cat([result[2][0] for result in results]), witness.eval()(x), rtol=1e-11, atol=1e-11)
+    with torch.no_grad(), InDouble():
+        torch.testing.assert_close(torch.cat([y for *_, y, _ in results]), witness.eval()(x), rtol=1e-11, atol=1e-11)
 
 
 def test_b0_in_groups_of_ranks(run):
-    in_pairs = run(on_ranks, 4, (2, 1, 3, 2), 2)
-    alone = run(on_ranks, 2, (2, 1))
-    for a, b in zip(in_pairs[:2], alone, strict=True):
-        torch.testing.assert_close(a[0][0].shape, b[0][0].shape)
-    x = torch.cat([inputs(8, 6, 3, 2, seed=1)[0][3:]])
-    y = torch.cat([in_pairs[2][0][0], in_pairs[3][0][0]])
-    torch.testing.assert_close(y, formula("evonorm_b0", layer_of("evonorm_b0"), x).detach(), rtol=1e-11, atol=1e-11)
+    results = run(on_ranks, 4, (2, 1, 3, 2), 2)
+    x, dy = (t[3:].detach() for t in inputs(8, 6, 3, 2, seed=1))
+    wanted = penalized_step(layer_of("evonorm_b0"), x.requires_grad_(), dy)[:3]
+    got = [torch.cat(part) for part in zip(*(result[0][:3] for result in results[2:]), strict=True)]
+    torch.testing.assert_close(got, [w.detach() for w in wanted], rtol=1e-10, atol=1e-10)
+
+
+def model():
+    """Activations behind layers, and elsewhere; a layer whose activation is not known."""
+    return nn.ModuleDict(
+        {
+            "net": nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.SiLU(inplace=True), nn.BatchNorm2d(6)),
+            "flat": nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.ReLU()),
+        }
+    )
+
+
+def run_model(m, x):
+    y = m["net"](x)
+    return y, m["flat"](y.mean((2, 3)))
+
+
+def numbers_of(m):
+    return copy.deepcopy(m.state_dict())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_conversion_takes_the_activation_and_gives_it_back(norm):
+    cls, options, added = NORMS[norm]
+    m, x = model(), inputs(4, 3, 3, 2, dtype=torch.float32)[0]
+    before, act, weight = numbers_of(m), m["net"][2], m["net"][1].weight
+    evaluated = run_model(m.eval(), x)
+    rows = syncbn.plan(m, norm, **options)
+    assert type(act) is nn.SiLU
+    assert [(row.name, row.to) for row in rows] == [
+        ("net.1", cls.__name__), ("net.2", "Identity"), ("net.3", cls.__name__),
+        ("flat.0", cls.__name__), ("flat.1", "Identity"),
+    ]  # fmt: skip
+    assert rows[0].reason == f"with {cls.ACTIVATION}, in place of SiLU"
+    assert rows[2].reason == f"{cls.WITHOUT}: no activation module directly behind it"
+    syncbn.convert(m, norm, **options)
+    for _ in range(2):
+        syncbn.convert(m, norm, **options)
+        assert {row.reason for row in syncbn.plan(m, norm, **options)} == {"already"}
+        assert m["net"][2] is act
+        assert [type(module) for module in m["flat"]] == [cls, nn.Identity, nn.ReLU]
+    assert m["net"][1].weight is weight
+    assert [name for name in m.state_dict() if name.endswith(added)] == [f"net.1.{added}", f"flat.0.{added}"]
+    got = m["net"].train()(x)
+    hidden = formula(norm, m["net"][1], m["net"][0](x))
+    last = m["net"][3]
+    wanted = witness_of(norm, copy.deepcopy(last).double())(hidden.double())
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
+    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), m):
+        syncbn.revert(other)
+        assert [type(module) for module in other.modules()] == [type(module) for module in model().modules()]
+        assert vars(other["net"][2]).keys() == vars(nn.SiLU()).keys()
+        assert list(other.state_dict()) == list(before)
+    if norm != "evonorm_b0":  # whose statistics move
+        torch.testing.assert_close(m.state_dict(), before, rtol=0, atol=0)
+        torch.testing.assert_close(run_model(m.eval(), x), evaluated, rtol=0, atol=0)
+
+
+def test_from_one_norm_to_another():
+    m = model()
+    before = numbers_of(m)
+    groups = {"num_groups": 2}
+    chain = [("frn", {}), ("frn", {"eps": 1e-3}), ("gn", groups), ("evonorm_b0", {}), ("evonorm_s0", groups)]
+    chain += [("syncbn", {}), ("evonorm_b0", {"eps": 1e-2}), ("frn", {})]
+    for norm, options in chain:
+        syncbn.convert(m, norm, **options)
+        contains = norm in NORMS
+        assert [type(m["net"][2]), type(m["flat"][1])] == ([nn.Identity] * 2 if contains else [nn.SiLU, nn.ReLU])
+        if contains:
+            assert getattr(m["flat"][0], NORMS[norm][2]).shape == (6,)
+    syncbn.convert(m, "bn", exclude=["flat*"])
+    assert [type(m["net"][2]), type(m["flat"][1])] == [nn.SiLU, nn.Identity]
+    syncbn.convert(m, "bn")
+    torch.testing.assert_close(m.state_dict(), before, rtol=0, atol=0)
+    syncbn.convert(m, "frn", include=["flat.0"])
+    assert [type(m["net"][2]), type(m["flat"][1])] == [nn.SiLU, nn.Identity]
+
+
+class Skipping(nn.Sequential):
+    def forward(self, x):
+        return self[1](x + self[0](x))
+
+
+def test_an_activation_that_may_serve_elsewhere_stays():
+    shared, patched, norm = nn.ReLU(), nn.ReLU(), nn.BatchNorm1d(4)
+    patched.forward = torch.relu
+    cases = [
+        nn.Sequential(nn.BatchNorm1d(4), shared, nn.BatchNorm1d(4), shared),
+        nn.Sequential(nn.Sequential(norm, nn.ReLU()), nn.Sequential(norm, nn.Tanh())),
+        nn.Sequential(nn.BatchNorm1d(4), patched),
+        nn.Sequential(nn.BatchNorm1d(4), nn.PReLU()),
+        nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.ReLU()),
+        Skipping(nn.BatchNorm1d(4), nn.ReLU()),
+        nn.ModuleList([nn.BatchNorm1d(4), nn.ReLU()]),
+        nn.BatchNorm1d(4),
+    ]
+    for case in cases:
+        classes = [type(module) for module in case.modules() if not isinstance(module, nn.BatchNorm1d)]
+        assert all(row.reason.startswith("without TLU: ") for row in syncbn.plan(case, "frn"))
+        syncbn.convert(case, "frn")
+        assert [type(module) for module in case.modules() if not isinstance(module, FilterResponseNorm)] == classes
+        assert not [name for name, _ in case.named_parameters() if name.endswith("tau")]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_fused_layer_activates_by_the_norm_alone(norm):
+    import timm
+
+    _, options, _ = NORMS[norm]
+    for options_of_layer, follows in (({"act_layer": nn.SiLU}, nn.Tanh()), ({"apply_act": False}, nn.Tanh())):
+        fused = timm.layers.BatchNormAct2d(6, **options_of_layer)
+        m, (x, _) = nn.Sequential(fused, follows), inputs(4, 6, 3, 2, dtype=torch.float32)
+        kinds = [type(fused.act), type(follows)]
+        for _ in range(2):
+            syncbn.convert(m, norm, **options)
+        assert type(fused.act) is nn.Identity
+        wanted = formula(norm, fused, x)
+        wanted = wanted.tanh() if kinds[0] is nn.SiLU else wanted
+        torch.testing.assert_close(m(x), wanted, rtol=1e-4, atol=1e-5)
+        syncbn.revert(m)
+        assert [type(fused), type(fused.act), type(follows)] == [timm.layers.BatchNormAct2d, *kinds]
+    syncbn.convert(fused, norm, **options)  # by itself
+    syncbn.revert(fused)
+
+
+def test_errors_name_the_layer_and_touch_nothing():
+    m = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(4, momentum=None), nn.ReLU())
+    for norm, options, message in (
+        (
+            "evonorm_s0",
+            {"num_groups": 3},
+            r"2: num_groups=3 does not divide its 4 channels; choose one of \[1, 2, 4\]",
+        ),
+        ("evonorm_b0", {}, "2: evonorm_b0 needs a momentum"),
+        ("frn", {"process_group": 2}, "norms that synchronize .*evonorm_b0"),
+        ("frn", {"num_groups": 2}, "norm 'frn' takes eps, learn_eps, not num_groups"),
+    ):
+        with pytest.raises(ValueError, match=rf"(?s){message}"):
+            syncbn.convert(m, norm, **options)
+        assert [type(module) for module in m] == [nn.BatchNorm1d, nn.ReLU] * 2
+
+
+def test_b0_has_the_statistics_of_a_batchnorm():
+    layer = syncbn.convert(nn.Sequential(nn.BatchNorm2d(6).double(), nn.ReLU()), "evonorm_b0")
+    x, _ = inputs(4, 6, 3, 2)
+    syncbn.update_bn_stats(layer, [x.detach()])
+    var = x.detach().transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(layer[0].running_var, var)
+    syncbn.average_bn_stats(layer)
+    syncbn.freeze(layer).train()
+    torch.testing.assert_close(layer(x), formula("evonorm_b0", layer[0], x, var))
+    torch.testing.assert_close(layer[0].running_var, var)
+    [row] = syncbn.audit(syncbn.unfreeze(layer), x.detach(), per_rank_batch_size=2, world_size=2).rows
+    assert (row.kind, row.count) == ("EvoNormB0", 12)
+    syncbn.revert(layer)
+    torch.testing.assert_close(layer[0].running_mean, x.detach().mean((0, 2, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+def test_compiles_without_a_break(norm):
+    layer, (x, dy) = layer_of(norm), inputs(4, 6, 3, 2)
+    state = copy.deepcopy(layer.state_dict())
+    wanted = [*step(layer, x, dy), *layer.state_dict().values()]
+    layer.load_state_dict(state)
+    got = [*step(torch.compile(layer, backend="aot_eager", fullgraph=True), x, dy), *layer.state_dict().values()]
+    torch.testing.assert_close([t.detach() for t in got], [t.detach() for t in wanted], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+def test_models_of_timm_and_torchvision(norm):
+    import timm
+    import torchvision
+
+    cls, options, _ = NORMS[norm]
+    options = {"num_groups": 4} if norm == "evonorm_s0" else options
+    nets = {
+        timm.create_model("efficientnet_b0"): True,
+        timm.create_model("regnetx_002"): True,
+        torchvision.models.mobilenet_v2(): True,
+        torchvision.models.resnet18(): False,
+    }
+    for net, is_known in nets.items():
+        before, kinds = numbers_of(net), [type(module) for module in net.modules()]
+        rows = syncbn.plan(net, norm, **options)
+        assert any(row.reason.startswith("with ") for row in rows) == is_known
+        assert syncbn.convert(net, norm, **options) is net
+        assert any(isinstance(module, cls) for module in net.modules())
+        out = net(torch.randn(2, 3, 64, 64))
+        (out * torch.randn(out.shape)).sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+        syncbn.revert(net)
+        assert [type(module) for module in net.modules()] == kinds
+        assert list(net.state_dict()) == list(before)

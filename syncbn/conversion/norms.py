@@ -67,10 +67,10 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "ln": layernorm,
     "in": instancenorm,
     "frozen": FrozenStatistics,
-    "none": ChannelAffine,
     "frn": FilterResponseNorm,
     "evonorm_s0": EvoNormS0,
     "evonorm_b0": EvoNormB0,
+    "none": ChannelAffine,
 }
 
 
