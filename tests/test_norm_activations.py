@@ -362,6 +362,21 @@ def test_b0_has_the_statistics_of_a_batchnorm():
     torch.testing.assert_close(layer[0].running_mean, x.detach().mean((0, 2, 3)))
 
 
+@pytest.mark.parametrize("written", [nn.SyncBatchNorm(6), syncbn.SyncBatchNorm(6, process_group=2)])
+def test_b0_keeps_the_group_that_a_layer_was_written_with(written):
+    layer, group = nn.Sequential(written, nn.ReLU()), written.process_group
+    attributes = dict(vars(written))
+    syncbn.convert(layer, "evonorm_b0")
+    assert (type(written), written.process_group) == (EvoNormB0, group)
+    syncbn.convert(layer, "evonorm_b0", process_group=4)
+    assert written.process_group == 4
+    syncbn.revert(copy.deepcopy(layer))
+    assert vars(syncbn.revert(layer)[0]).keys() == attributes.keys()
+    assert written.process_group == group
+    assert syncbn.convert(layer, "evonorm_b0")[0].process_group == group
+    syncbn.revert(layer)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_compiles_without_a_break(norm):

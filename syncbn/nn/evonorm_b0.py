@@ -55,7 +55,11 @@ class EvoNormB0(SyncBatchNorm):
         super().__init__(layer.num_features, eps, layer.momentum, False, tracks, None, like.device, like.dtype)
         if self.momentum is None:
             raise ValueError("evonorm_b0 needs a momentum, this layer has None; set one, or leave it out with exclude")
-        self.process_group = getattr(layer, "process_group", None) if process_group is None else process_group
+        if process_group is None:
+            process_group = (
+                layer.group_spec if isinstance(layer, SyncBatchNorm) else getattr(layer, "process_group", None)
+            )
+        self.process_group = process_group
         self.affine = layer.affine
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(layer, name))
