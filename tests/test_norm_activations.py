@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -287,6 +288,35 @@ class Skipping(nn.Sequential):
         return self[1](x + self[0](x))
 
 
+class Declared(nn.Module):
+    activation_behind: ClassVar = {"norm": "relu"}
+
+    def __init__(self):
+        super().__init__()
+        self.relu, self.norm = nn.ReLU(), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.relu(self.norm(x)) + x
+
+
+class Other(Declared):
+    def forward(self, x):
+        return self.relu(x + self.norm(x))
+
+
+def test_a_module_says_which_activation_is_behind_which_norm():
+    m = nn.Sequential(Declared(), Other())
+    syncbn.convert(m, "evonorm_b0")
+    assert [type(part.relu) for part in m] == [nn.Identity, nn.ReLU]
+    assert list(m.state_dict()) == [
+        f"{i}.norm.{name}"
+        for i, names in enumerate((("weight", "bias", "v", "running_var"), ("weight", "bias", "running_var")))
+        for name in names
+    ]
+    syncbn.revert(m)
+    assert [type(part.relu) for part in m] == [nn.ReLU, nn.ReLU]
+
+
 def test_an_activation_that_may_serve_elsewhere_stays():
     shared, patched, norm = nn.ReLU(), nn.ReLU(), nn.BatchNorm1d(4)
     patched.forward = torch.relu
@@ -398,7 +428,8 @@ def test_models_of_timm_and_torchvision(norm):
     options = {"num_groups": 4} if norm == "evonorm_s0" else options
     nets = {
         timm.create_model("efficientnet_b0"): True,
-        timm.create_model("regnetx_002"): True,
+        timm.create_model("resnet10t"): True,
+        timm.create_model("resnet26"): True,
         torchvision.models.mobilenet_v2(): True,
         torchvision.models.resnet18(): False,
     }

@@ -11,6 +11,7 @@ from .classes import sync_class_of
 from .companions import Companion, PlanRow
 from .rules import Action, Decision, Target
 from .swap import original_class, original_of
+from .third_party import activation_behind
 
 # Exact classes of what counts as an activation in a Sequential; in a fused layer it is what is called "act".
 _ACTIVATIONS = (
@@ -39,8 +40,9 @@ class TakenActivation(Companion):
 def take_activations(root: nn.Module, decisions: list[tuple[nn.Module, Decision]], target: Target) -> None:
     """Let each new norm replace the activation directly behind it, or be without its own where none is known.
 
-    Known is the activation of a fused layer, as timm's, and an activation module that follows the layer in an
-    nn.Sequential, if the model has each of the two in that place alone. One with parameters stays.
+    Known is the activation of a fused layer, as timm's, an activation module that follows the layer in an
+    nn.Sequential, and what `third_party.activation_behind` knows, if the model has each of the two in that place
+    alone. One with parameters stays.
     """
     names = {module: name for name, module in root.named_modules()}
     places: Places = {}
@@ -67,25 +69,27 @@ def take_activations(root: nn.Module, decisions: list[tuple[nn.Module, Decision]
 
 def _behind(layer: nn.Module, places: Places, classes: dict[nn.Module, type[nn.Module]]) -> nn.Module | None:
     """Find the activation that runs directly behind ``layer``; None if none is known that can be taken."""
-    fused = layer._modules.get("act") if sync_class_of(original_class(layer)) is SyncBatchNormAct else None
-    is_fused = fused is not None and classes[fused] is not nn.Identity
-    found = fused if is_fused else _next_in_sequence(layer, places)
-    if found is None or not (is_fused or classes[found] in _ACTIVATIONS):
+    found = layer._modules.get("act") if sync_class_of(original_class(layer)) is SyncBatchNormAct else None
+    if found is None or classes[found] is nn.Identity:
+        found = _next_to(layer, places, classes)
+    if found is None or len(places[found]) > 1 or "forward" in found.__dict__:
         return None
-    is_simple = "forward" not in found.__dict__ and next(found.parameters(), None) is None
-    return found if is_simple and len(places[found]) == 1 and can_become(classes[found], nn.Identity) else None
+    is_without_state = next(found.parameters(), None) is None
+    return found if is_without_state and can_become(classes[found], nn.Identity) else None
 
 
-def _next_in_sequence(layer: nn.Module, places: Places) -> nn.Module | None:
-    """Return what follows ``layer`` in an nn.Sequential, its only place."""
+def _next_to(layer: nn.Module, places: Places, classes: dict[nn.Module, type[nn.Module]]) -> nn.Module | None:
+    """Return the activation that the module which has ``layer``, in this place alone, runs after it."""
     if len(places.get(layer, ())) != 1:
         return None
     [(parent, name)] = places[layer]
-    if type(parent).forward is not nn.Sequential.forward or "forward" in parent.__dict__:
+    if "forward" in parent.__dict__:
         return None
-    entries = list(parent._modules.items())
-    index = next(i for i, (n, _) in enumerate(entries) if n == name)
-    return entries[index + 1][1] if index + 1 < len(entries) else None
+    if type(parent).forward is not nn.Sequential.forward:
+        return parent._modules.get(activation_behind(type(parent), name) or "")
+    entries = list(parent._modules)
+    following = parent._modules.get(next(iter(entries[entries.index(name) + 1 :]), ""))
+    return following if following is not None and classes[following] in _ACTIVATIONS else None
 
 
 def _companions(layer: nn.Module) -> list[Companion]:
