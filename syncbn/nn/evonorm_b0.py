@@ -78,7 +78,7 @@ class EvoNormB0(SyncBatchNorm):
         check_input(input, self.weight, self.running_var, self.eps if self.training else None, self.num_features)
         x = input.to(SUM_DTYPE.get(input.dtype, input.dtype))
         if self.v is not None:
-            std = per_channel((self._var_of_batch(input) + self.eps).sqrt().to(x.dtype), x)
+            std = per_channel((self._var_of_batch(input).double() + self.eps).sqrt().to(x.dtype), x)
             x = x / torch.maximum(std, x * per_channel(self.v, x) + (var_of_positions(x) + self.eps).sqrt())
         return scale_and_shift(x, self.weight, self.bias).to(input.dtype)
 
