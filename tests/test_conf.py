@@ -35,6 +35,9 @@ ARMS = {
     "in": ("GroupNorm", None),
     "frozen": ("FrozenStatistics", None),
     "none": ("ChannelAffine", None),
+    "frn": ("FilterResponseNorm", None),
+    "evonorm_s0": ("EvoNormS0", None),
+    "evonorm_b0": ("EvoNormB0", None),
 }
 
 

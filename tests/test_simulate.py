@@ -67,6 +67,8 @@ ARMS = {
     "in": ("in", {}),
     "frozen": ("frozen", {}),
     "none": ("none", {}),
+    "frn": ("frn", {}),
+    "evonorm_s0": ("evonorm_s0", {"num_groups": 1}),
     "own": (partial(nn.GroupNorm, 1), {}),
 }
 

@@ -15,6 +15,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..nn.affine import ChannelAffine
+from ..nn.evonorm_b0 import EvoNormB0
+from ..nn.evonorm_s0 import EvoNormS0
+from ..nn.frn import FilterResponseNorm
 from ..nn.frozen import FrozenStatistics
 
 Norm = str | Callable[..., nn.Module]
@@ -64,6 +67,9 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "ln": layernorm,
     "in": instancenorm,
     "frozen": FrozenStatistics,
+    "frn": FilterResponseNorm,
+    "evonorm_s0": EvoNormS0,
+    "evonorm_b0": EvoNormB0,
     "none": ChannelAffine,
 }
 
