@@ -33,3 +33,7 @@ class Companion(ABC):
     @abstractmethod
     def undo(self) -> None:
         """Make the module what it was; parameters as trained."""
+
+    def why_not_undone(self) -> str | None:
+        """Say why `undo` is not possible, as after a later change by the user; None if it is."""
+        return None

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..nn.frozen import FrozenStatistics
 from ..private import is_compiled
-from . import replaced
+from . import replaced, weights
 from .classes import sync_class_of
 from .companions import PlanRow
 from .rules import Action, Decision, Target, decide, is_family
@@ -15,7 +15,10 @@ from .swap import original_of
 from .third_party import advice, is_frozen_layer, keeps_statistics, wrapper_of
 
 # Of norms that change more than the layer: add companions to the decisions about a model, or refuse.
-ADD_COMPANIONS: dict[str, Callable[[nn.Module, list[tuple[nn.Module, Decision]], Target], None]] = {}
+ADD_COMPANIONS: dict[str, Callable[[nn.Module, list[tuple[nn.Module, Decision]], Target], None]] = {
+    "gn_ws": weights.add_standardization,
+    "wn": weights.add_weight_norm,
+}
 
 _ORDER = "The order is: convert, then compile, shard or wrap, then make the optimizer."
 

@@ -1,5 +1,6 @@
 """No normalization: ``y = x * weight + bias`` per channel, what is left of BatchNorm without its statistics."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,3 +41,17 @@ class ChannelAffine(nn.Module):
     def extra_repr(self) -> str:
         """Show the channels."""
         return str(self.num_features)
+
+
+class ChannelBias(ChannelAffine):
+    """Shift each channel: ``y = x + bias``, what is left of BatchNorm where a normalized weight has the scale.
+
+    Shapes, arguments and errors are those of `ChannelAffine`; a layer without a bias gets one.
+    """
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        super().__init__(layer)
+        like = layer.running_mean if layer.weight is None else layer.weight
+        like = torch.empty(0) if like is None else like
+        bias = torch.zeros(layer.num_features, device=like.device, dtype=like.dtype)
+        self.weight, self.bias = None, nn.Parameter(bias) if self.bias is None else self.bias
