@@ -87,7 +87,8 @@ class NormalizedWeight(ParametrizedWeight):
         layer: Any = self.module
         value, (g, v) = layer.weight, layer.parametrizations.weight.parameters()
         with torch.no_grad():
-            v.copy_(torch.where(g == torch.norm_except_dim(v, 2, output_dim(layer)), v, value))
+            is_untrained = g == layer.parametrizations.weight[0].right_inverse(v)[0]  # g is |v|
+            v.copy_(torch.where(is_untrained, v, value))
         weight: nn.Parameter = v
         return weight
 
