@@ -95,11 +95,11 @@ def weightnorm(layer: _BatchNorm, mean_only: bool = False, process_group: Any = 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "gn": groupnorm,
     "gn_ws": groupnorm,
+    "wn": weightnorm,
     "ln": layernorm,
     "in": instancenorm,
     "frozen": FrozenStatistics,
     "none": ChannelAffine,
-    "wn": weightnorm,
 }
 
 
