@@ -34,6 +34,6 @@ class Companion(ABC):
     def undo(self) -> None:
         """Make the module what it was; parameters as trained."""
 
-    def why_not_undone(self) -> str | None:
-        """Say why `undo` is not possible, as after a later change by the user; None if it is."""
+    def problem(self) -> str | None:
+        """Say why it cannot be undone, None if it can."""
         return None

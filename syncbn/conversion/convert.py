@@ -142,9 +142,8 @@ def _why_not_back(name: str, layer: nn.Module, as_batchnorm: bool) -> str | None
     original, cls = original_of(layer), original_class(layer)
     if original is not None and type(layer) is not original.swapped_to:
         return f"the class of {name} was changed after conversion (parametrized or sharded); undo that first."
-    for companion in [] if original is None else original.companions:
-        if (problem := companion.why_not_undone()) is not None:
-            return problem
+    for problem in [] if original is None else filter(None, (c.problem() for c in original.companions)):
+        return problem
     is_written = as_batchnorm and cls in PLAIN
     patch = patches.patch_of(layer, nn.BatchNorm2d if is_written else cls, cls) if original or is_written else None
     return None if patch is None else f"{patch} of {name} was set on the instance; undo that first ({patches.UNDO})."

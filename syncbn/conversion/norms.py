@@ -85,8 +85,9 @@ def weightnorm(layer: _BatchNorm, mean_only: bool = False, process_group: Any = 
         ValueError: If ``process_group`` is given and nothing is to be shared.
     """
     if mean_only:
-        group = getattr(layer, "process_group", None) if process_group is None else process_group
-        return MeanOnlyBatchNorm(layer, group)
+        if process_group is None:
+            process_group = getattr(layer, "group_spec", getattr(layer, "process_group", None))
+        return MeanOnlyBatchNorm(layer, process_group)
     if process_group is not None:
         raise ValueError("process_group belongs to mean_only=True: without it nothing is exchanged")
     return ChannelBias(layer)

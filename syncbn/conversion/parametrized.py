@@ -50,7 +50,7 @@ class ParametrizedWeight(Companion):
         layer.__class__ = self.classes[0]
         layer.__dict__["_parameters"] = {name: now.pop(name) for name in self.order if name in now} | now
 
-    def why_not_undone(self) -> str | None:
+    def problem(self) -> str | None:
         """Refuse a layer that was changed since."""
         layer: Any = self.module
         is_ours = type(layer) in self.classes
