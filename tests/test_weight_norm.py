@@ -54,6 +54,18 @@ def test_the_weight_is_that_of_the_equation(kind):
     close(dv, g / length * dw - g * wanted / length**2 * v)
 
 
+def test_frozen_weights_and_checkpoints_of_torchs_old_hook():
+    model = nn.Sequential(nn.Conv2d(3, NUM, 1), nn.BatchNorm2d(NUM))
+    model[0].weight.requires_grad_(False)
+    syncbn.convert(model, "wn")
+    assert not any(p.requires_grad for p in model[0].parametrizations.parameters())
+    v, g = torch.randn(NUM, 3, 1, 1), torch.rand(NUM, 1, 1, 1)
+    model.load_state_dict({"0.weight_g": g, "0.weight_v": v, "0.bias": torch.ones(NUM), "1.bias": torch.ones(NUM)})
+    syncbn.revert(model)
+    torch.testing.assert_close(model[0].weight, g * v / v.norm(dim=1, keepdim=True))
+    assert not model[0].weight.requires_grad
+
+
 class Residual(nn.Module):
     """A convolution that runs twice, a residual, a linear layer over positions, and dropout and BatchNorm beside."""
 
@@ -192,9 +204,10 @@ def mean_only_rank(rank, world_size, split, masked, momentum):
     return y.detach(), x.grad, layer.bias.grad * world_size, layer.running_mean, layer.num_batches_tracked
 
 
-@pytest.mark.parametrize("momentum", [0.3, None])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+CASES = [(split, False, 0.3) for split in SPLITS.values()] + [(SPLITS["empty"], True, None)]
+
+
+@pytest.mark.parametrize(("split", "masked", "momentum"), CASES)
 def test_the_mean_of_all_ranks(run, split, masked, momentum):
     results = run(mean_only_rank, len(split), split, masked, momentum)
     x, dy, mask = draw(split, masked)

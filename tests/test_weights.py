@@ -97,7 +97,7 @@ def test_second_order(arm):
     def function(x, *values):
         return torch.func.functional_call(model, dict(zip(parameters, values, strict=True)), x)
 
-    assert torch.autograd.gradgradcheck(function, (x, *parameters.values()))
+    assert torch.autograd.gradgradcheck(function, (x, *parameters.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -269,11 +269,13 @@ def test_what_is_refused_is_named_and_not_touched(name):
     norm, make, message = REFUSED[name]
     model = make()
     classes = [type(m) for m in model.modules()]
+    buffers = [b.clone() for b in model.buffers()]
     options = {"num_groups": 1} if norm == "gn_ws" else {"process_group": 2} if name == "group" else {}
     with pytest.raises(ValueError, match=message):
         syncbn.convert(model, norm, **options)
     assert [type(m) for m in model.modules()] == classes
-    assert message.split(":")[0] or syncbn.plan(model, norm, **options)[-1].to is None
+    assert any(row.to is None for row in syncbn.plan(model, norm, **options))
+    assert all(map(torch.equal, model.buffers(), buffers))
     with pytest.warns(UserWarning, match="no layer to convert"):
         syncbn.convert(model, norm, exclude=["*"], **options)
 
@@ -321,8 +323,6 @@ def test_models_of_others(arm, name):
     model = torchvision.models.get_model(name) if library == "torchvision" else timm.create_model(name)
     before = copy.deepcopy(model.state_dict())
     num_norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    for p in model.parameters():  # timm: the last weight of a block is 0
-        p.data.clamp_(min=0.01) if p.ndim == 1 else None
     convert(model, arm)
     num_weights = sum(map(parametrize.is_parametrized, model.modules()))
     assert num_weights == num_norms  # of each BatchNorm

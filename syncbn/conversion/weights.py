@@ -6,6 +6,7 @@ BatchNorm, if it has as many outputs as the BatchNorm has channels and no other 
 
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -114,10 +115,12 @@ def _why_not(layer: _Layer, is_ours: bool) -> str | None:
 
 
 def _refuse(decision: Decision, reason: str) -> None:
-    decision.action = Action.REFUSE
-    advice = f"leave the BatchNorm out with exclude=[{decision.row.name!r}]"
-    decision.row = decision.row._replace(to=None, reason=f"{reason}; or {advice}.")
+    name = decision.row.name
+    advice = f"; or leave the BatchNorm out with exclude=[{name!r}]" if name else ""
+    decision.action, decision.row = Action.REFUSE, decision.row._replace(to=None, reason=f"{reason}{advice}.")
 
 
 def _has_fan_in_of_one(layer: _Layer) -> bool:
-    return not isinstance(layer, LazyModuleMixin) and bool(layer.weight.numel() == layer.out_channels)
+    return bool(
+        layer.in_channels == layer.groups and prod(layer.kernel_size) == 1
+    )  # looking at a weight may change it
