@@ -43,7 +43,8 @@ from experiment.training.world import World, listen_on_loopback, make_environmen
 from syncbn.compat import DDP_OPTIONS, destroy_process_group
 from syncbn.lightning import NormConverter
 
-NUM_AUDITED, PIXELS_AUDITED = 512, 2**23  # training images, or as few as keep the memory of the forward in bounds
+# Training images for one forward, or as few as keep its memory in bounds.
+NUM_AUDITED, NUM_INITIALIZED, MAX_PIXELS = 512, 256, 2**23
 
 
 def build(config: DictConfig, world: World) -> tuple[ImageData, Task]:
@@ -75,6 +76,7 @@ def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> li
     converter = norm_config.make_converter(config.norm)
     if isinstance(converter, NormConverter) or world.simulate is not None:
         norm_config.apply(converter, task, world.num_ranks)
+        norm_config.initialize(converter, task.net, lambda: data.sample(_num_images(data, NUM_INITIALIZED)))
     if world.simulate is None:
         return [] if converter is None else [converter]
     simulate(task, data.plan, config.node_size)
@@ -87,9 +89,13 @@ def audit(config: DictConfig, data: ImageData, task: Task) -> str:
     """Audit the model as the arm makes it, on training images."""
     norm_config.apply(norm_config.make_converter(config.norm), task, data.plan.world_size)
     share = data.plan.per_rank_batch_size * data.plan.world_size
-    num_images = max(4 * share, min(NUM_AUDITED, PIXELS_AUDITED // data.example()[0].numel()))
+    num_images = max(4 * share, _num_images(data, NUM_AUDITED))
     sizes = {"per_rank_batch_size": data.plan.per_rank_batch_size, "world_size": data.plan.world_size}
     return str(syncbn.audit(task.net, data.sample(min(num_images, len(data.splits.train))), **sizes))
+
+
+def _num_images(data: ImageData, at_most: int) -> int:
+    return max(1, min(at_most, MAX_PIXELS // data.example()[0].numel()))
 
 
 def find_start(config: DictConfig, world: World, data: ImageData, task: Task, *, converted: bool) -> Start:

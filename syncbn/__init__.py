@@ -6,6 +6,7 @@ from .audit import Audit, AuditRow, audit
 from .conversion.classes import register
 from .conversion.companions import PlanRow
 from .conversion.convert import convert, plan, revert
+from .conversion.initialize import initialize_weight_norm
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
 from .ops.backends import use_kernels
@@ -27,6 +28,7 @@ __all__ = [
     "debug",
     "freeze",
     "functional",
+    "initialize_weight_norm",
     "plan",
     "register",
     "revert",

@@ -38,6 +38,9 @@ ARMS = {
     "frn": ("FilterResponseNorm", None),
     "evonorm_s0": ("EvoNormS0", None),
     "evonorm_b0": ("EvoNormB0", None),
+    "gn_ws": ("GroupNorm", None),
+    "wn": ("ChannelBias", None),
+    "wn_mean_only": ("MeanOnlyBatchNorm", None),
 }
 
 
@@ -112,9 +115,17 @@ def test_arms_differ_in_the_norm_alone():
 @pytest.mark.parametrize(("norm", "wanted"), ARMS.items())
 def test_an_arm_converts_to_what_its_name_says(norm, wanted):
     converter = instantiate(chosen("norm", norm))
-    model = nn.Sequential(nn.BatchNorm2d(16))
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16))
     syncbn.convert(model, converter.norm, **converter.options)
-    assert (type(model[0]).__name__, converter.options["process_group"]) == wanted
+    assert (type(model[1]).__name__, converter.options["process_group"]) == wanted
+
+
+@pytest.mark.parametrize("norm", ["gn", "gn_ws"])
+def test_groups_of_equal_size(norm):
+    converter = instantiate(composed(f"+norm={norm}", "norm.num_groups=null", "+norm.channels_per_group=4").norm)
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(16))
+    syncbn.convert(model, converter.norm, **converter.options)
+    assert [layer.num_groups for layer in model] == [2, 4]
 
 
 def test_a_norm_of_ones_own_is_a_partial_in_the_config():

@@ -104,6 +104,17 @@ def test_equal_to_the_reference_and_back(norm, kind, options):
     assert torch.equal(layer(x), wanted_eval)
 
 
+@pytest.mark.parametrize(
+    ("options", "num_groups"),
+    [({}, [32, 32]), ({"channels_per_group": 16}, [2, 4]), ({"num_groups": None, "channels_per_group": 1}, [32, 64])],
+)
+@pytest.mark.parametrize("norm", ["gn", "gn_ws"])
+def test_groups_by_number_or_size(norm, options, num_groups):
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm2d(32), nn.BatchNorm2d(64)), norm, **options)
+    assert [layer.num_groups for layer in model] == num_groups
+    assert syncbn.plan(model, norm, **options)[0].reason == "already"
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradients_are_those_of_the_equation(norm):
     layer = syncbn.convert(filled(nn.BatchNorm2d), norm, **NORMS[norm]).double()
@@ -340,6 +351,9 @@ def hooked(num_features):
         (hooked, {}, "1: hooked made a module that is lazy, parametrized or has hooks"),
         (partial(nn.LazyInstanceNorm2d), {}, "1: LazyInstanceNorm2d made a module that is lazy"),
         ("gn", {"num_groups": "3"}, "1: .*not supported between"),
+        ("gn", {"channels_per_group": 2}, r"1: channels_per_group=2 does not divide its 3 .*choose one of \[1, 3\]"),
+        ("gn", {"channels_per_group": 0}, r"0: channels_per_group=0 .*one of \[1, 2, 3, 6\]"),
+        ("gn_ws", {"num_groups": 3, "channels_per_group": 1}, "0: expected one of num_groups .*leave one out"),
         (nn.GroupNorm(2, 4), {}, "unknown norm GroupNorm.*expected one of bn, .*, none, or a class or function"),
         (None, {}, "unknown norm None"),
         (

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
 
+import syncbn
 from experiment.training.data import ImageData
 from experiment.training.image_set import ImageSet, Splits
 from experiment.training.known_warnings import ignore_known_warnings
@@ -205,3 +207,13 @@ def test_weight_decay_spares_norms_and_biases_and_the_rate_follows_the_schedule(
     assert len(rest["params"]) == 4
     assert decay["initial_lr"] == pytest.approx(0.1)  # 0.4 at 32 images, 8 here
     assert decay["lr"] == pytest.approx(0)  # after the last step
+
+
+def test_weight_decay_spares_the_scale_of_a_normalized_weight():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    task = Classifier(syncbn.convert(net, "wn"), 2, weight_decay=0.3)
+    task._trainer = SimpleNamespace(estimated_stepping_batches=1)
+    decay, rest = task.configure_optimizers()["optimizer"].param_groups
+    directions = [layer.parametrizations.weight.original1 for layer in (net[0], net[2])]
+    assert {id(p) for p in decay["params"]} == {id(p) for p in (*directions, net[4].weight)}
+    assert len(decay["params"] + rest["params"]) == len(list(task.parameters()))

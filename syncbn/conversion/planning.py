@@ -7,7 +7,7 @@ from torch import nn
 
 from ..nn.frozen import FrozenStatistics
 from ..private import is_compiled
-from . import replaced
+from . import replaced, weights
 from .activations import take_activations
 from .classes import sync_class_of
 from .companions import PlanRow
@@ -20,6 +20,8 @@ ADD_COMPANIONS: dict[str, Callable[[nn.Module, list[tuple[nn.Module, Decision]],
     "frn": take_activations,
     "evonorm_s0": take_activations,
     "evonorm_b0": take_activations,
+    "gn_ws": weights.add_standardization,
+    "wn": weights.add_weight_norm,
 }
 
 _ORDER = "The order is: convert, then compile, shard or wrap, then make the optimizer."

@@ -50,3 +50,16 @@ def scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Te
 def tensor_of(layer: _BatchNorm) -> Tensor:
     """Return a tensor that shows the device and dtype of ``layer``, such as its weight."""
     return next((t for t in chain(layer.parameters(), layer.buffers()) if t.is_floating_point()), torch.empty(0))
+
+
+class ChannelBias(ChannelAffine):
+    """Shift each channel: ``y = x + bias``, what is left of BatchNorm where a normalized weight has the scale.
+
+    Shapes, arguments and errors are those of `ChannelAffine`; a layer without a bias gets one.
+    """
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        super().__init__(layer)
+        like = tensor_of(layer)
+        bias = torch.zeros(layer.num_features, device=like.device, dtype=like.dtype)
+        self.weight, self.bias = None, nn.Parameter(bias) if self.bias is None else self.bias

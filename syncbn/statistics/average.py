@@ -28,7 +28,7 @@ def average_bn_stats(model: M) -> M:
         return model
     statistics = [tensor.double() for layer in layers for tensor in statistics_of(layer)]
     *totals, world_size = sum_over_ranks("average_bn_stats", [*statistics, statistics[0].new_ones(1)])
-    means = [total / world_size.to(total.device) for total in totals]
-    for layer, mean, var in zip(layers, means[::2], means[1::2], strict=True):
-        write(layer, mean, var)
+    means = iter([total / world_size.to(total.device) for total in totals])
+    for layer in layers:
+        write(layer, *(next(means) for _ in statistics_of(layer)))
     return model

@@ -25,18 +25,16 @@ def layers_with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
 
 
-def statistics_of(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return running_mean and running_var."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
+def statistics_of(layer: _BatchNorm) -> list[Tensor]:
+    """Return running_mean and running_var; of a layer that keeps no variance the mean alone."""
+    return [buffer for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
 
 
-def write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Write the running statistics."""
-    for buffer, value in zip(statistics_of(layer), (mean, var), strict=True):
+def write(layer: _BatchNorm, *values: Tensor) -> None:
+    """Write the running statistics: mean, and variance where the layer keeps one."""
+    for buffer, value in zip(statistics_of(layer), values, strict=False):
         buffer.copy_(value)

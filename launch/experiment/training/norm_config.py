@@ -1,12 +1,13 @@
 """The norm of a run, from one file of conf/norm: what the model's BatchNorm layers are converted to."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import lightning as L
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 import syncbn
 from experiment.training.instantiate import instantiate
@@ -44,6 +45,12 @@ def apply(converter: L.Callback | None, model: nn.Module, world_size: int) -> No
     if isinstance(size, int) and not isinstance(size, bool):
         check_size(size, world_size)
     syncbn.convert(model, converter.norm, **converter.options)
+
+
+def initialize(converter: L.Callback | None, net: nn.Module, images: Callable[[], Tensor]) -> None:
+    """Initialize what conversion made and only images can: the normalized weights of "wn", the same on all ranks."""
+    if isinstance(converter, NormConverter) and converter.norm == "wn":
+        syncbn.initialize_weight_norm(net, images())
 
 
 def name_of(norm: DictConfig | None) -> str:

@@ -30,7 +30,7 @@ class Task(L.LightningModule, ABC):
         lr: At `reference_batch_size`.
         lr_rule: constant, sqrt or linear.
         reference_batch_size: The batch `lr` was chosen for.
-        weight_decay: On parameters with more than one dimension: no norm layer, no bias.
+        weight_decay: On parameters with more than one dimension: no norm layer, bias or scale of a weight.
         warmup: Fraction of all steps.
         seed: Of augmentation and dropout; every epoch and rank has its own stream.
     """
@@ -136,9 +136,10 @@ class Task(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimize the parameters as they are after conversion, with a rate that changes every step."""
+        named = list(self.named_parameters())
         groups = [
-            {"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in self.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for name, p in named if _decays(name, p)], "weight_decay": self.weight_decay},
+            {"params": [p for name, p in named if not _decays(name, p)], "weight_decay": 0.0},
         ]
         optimizer = self.make_optimizer(groups)
         num_steps = int(self.trainer.estimated_stepping_batches)
@@ -146,6 +147,11 @@ class Task(L.LightningModule, ABC):
             optimizer, lambda step: warmup_cosine(step, num_steps, self.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to the scale of torch's weight_norm, which has its weight's dimensions."""
+    return parameter.ndim > 1 and not name.endswith(".parametrizations.weight.original0")
 
 
 class Classifier(Task):
