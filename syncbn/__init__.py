@@ -8,6 +8,8 @@ from .conversion.companions import PlanRow
 from .conversion.convert import convert, plan, revert
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
+from .nn.renorm import BatchRenorm
+from .nn.switchable import SwitchableNorm
 from .ops.backends import use_kernels
 from .statistics.average import average_bn_stats
 from .statistics.freeze import freeze, unfreeze
@@ -18,8 +20,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Audit",
     "AuditRow",
+    "BatchRenorm",
     "GhostBatchNorm",
     "PlanRow",
+    "SwitchableNorm",
     "SyncBatchNorm",
     "audit",
     "average_bn_stats",

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..nn.affine import ChannelAffine
 from ..nn.frozen import FrozenStatistics
+from .synchronized import batch_renorm, switchable_norm
 
 Norm = str | Callable[..., nn.Module]
 
@@ -65,6 +66,8 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "in": instancenorm,
     "frozen": FrozenStatistics,
     "none": ChannelAffine,
+    "brn": batch_renorm,
+    "sn": switchable_norm,
 }
 
 
