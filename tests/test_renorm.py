@@ -1,9 +1,7 @@
 """Batch renormalization over ranks: against its formula on the joined batch, BatchNorm, eval mode and Keras."""
 
 import copy
-import pickle
 import warnings
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -236,7 +234,9 @@ def test_a_second_backward(run):
     x = rows([x for x, _ in results]).requires_grad_()
     layer = make(**FULL)
     dx = torch.autograd.grad((layer(x) ** 3).sum(), x, create_graph=True)[0]
-    torch.testing.assert_close(rows([dd for _, dd in results]), torch.autograd.grad((dx**2).sum(), x)[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        rows([dd for _, dd in results]), torch.autograd.grad((dx**2).sum(), x)[0], rtol=1e-9, atol=1e-9
+    )
 
 
 def net():

@@ -1,7 +1,6 @@
 """Switchable normalization over ranks: its formula on the joined batch, the three norms it mixes, and their keys."""
 
 import copy
-import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -40,10 +39,15 @@ def draw(shapes, steps=2, seed=0):
     """Inputs and output weights by step and rank, samples and channels of different means and spreads."""
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes * steps]
-    xs = [d[0] * torch.rand(d[0].shape[:2], generator=generator).view(d[0].shape[:2] + (1,) * (d.dim() - 3)) for d in draws]
+    xs = [
+        d[0] * torch.rand(d[0].shape[:2], generator=generator).view(d[0].shape[:2] + (1,) * (d.dim() - 3))
+        for d in draws
+    ]
     xs = [x + torch.arange(C).view(-1, *[1] * (x.dim() - 2)) for x in xs]
     n = len(shapes)
-    return [xs[i * n : (i + 1) * n] for i in range(steps)], [[d[1] for d in draws[i * n : (i + 1) * n]] for i in range(steps)]
+    return [xs[i * n : (i + 1) * n] for i in range(steps)], [
+        [d[1] for d in draws[i * n : (i + 1) * n]] for i in range(steps)
+    ]
 
 
 def formula(parts, weight, bias, mean_weight, var_weight, running=None):
@@ -61,7 +65,10 @@ def formula(parts, weight, bias, mean_weight, var_weight, running=None):
                 samples.append(sample)
                 continue
             m_in, v_in = values.mean(1), values.var(1, correction=0)
-            means, variances = [m_in, values.mean().expand(C), mean_bn], [v_in, values.var(correction=0).expand(C), var_bn]
+            means, variances = (
+                [m_in, values.mean().expand(C), mean_bn],
+                [v_in, values.var(correction=0).expand(C), var_bn],
+            )
             mean = sum(share * m for share, m in zip(p, means[flat:], strict=True))
             var = sum(share * v for share, v in zip(q, variances[flat:], strict=True))
             y = (values - mean[:, None]) / (var + EPS)[:, None] ** 0.5
@@ -235,7 +242,10 @@ def test_compile(run, world_size):
 def test_released_checkpoints_load():
     """The authors' keys: no num_batches_tracked, and shapes of NCHW."""
     state = {"weight": (1, C, 1, 1), "bias": (1, C, 1, 1), "mean_weight": (3,), "var_weight": (3,)}
-    state = {name: torch.rand(shape) for name, shape in {**state, "running_mean": (1, C, 1), "running_var": (1, C, 1)}.items()}
+    state = {
+        name: torch.rand(shape)
+        for name, shape in {**state, "running_mean": (1, C, 1), "running_var": (1, C, 1)}.items()
+    }
     model = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
     syncbn.convert(model, "sn").load_state_dict({f"0.{name}": value for name, value in state.items()})
     for name, value in state.items():
