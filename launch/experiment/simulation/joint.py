@@ -4,7 +4,8 @@ What all ranks compute together in one forward, such a layer computes on their j
 accumulated batch of all ranks after another, and its own state moves in that order.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,9 @@ from syncbn.nn.activated import SyncBatchNormAct
 
 INSTEAD = "use engine=torchrun (for launch/train.py: torchrun --nproc-per-node, without simulate)"
 _BATCHNORM = {syncbn.SyncBatchNorm.forward, SyncBatchNormAct.forward}
-_Base = syncbn.SyncBatchNorm if TYPE_CHECKING else nn.Module  # the other base of `make_joint` is one
 
 
-class JointLayer(_Base):
+class JointLayer(nn.Module):
     """Run a layer, the other base of its class, on each batch of `split_size` images of all ranks in turn."""
 
     split_size: int
@@ -28,13 +28,14 @@ class JointLayer(_Base):
         """Get to know the forward of the model that begins."""
         self.num_images, self.num_calls = num_images, 0 if training else None
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # masks are not simulated
+    def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`.
 
         Raises:
             ValueError: rows that are not equally many of each image; a second call with several batches.
         """
-        num_images, forward = self.num_images or len(input), super().forward
+        num_images = self.num_images or len(input)
+        forward: Callable[[Tensor], Tensor] = super().forward  # masks are not simulated
         if self.num_calls is not None:
             self.num_calls += 1
             if self.num_calls > 1 and num_images > self.split_size:
