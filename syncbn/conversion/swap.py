@@ -145,8 +145,7 @@ def restore(layer: nn.Module) -> None:
     for name in ["_syncbn_original", *original.added]:
         layer.__dict__.pop(name, None)
     for name, value in original.attributes.items():
-        is_torchs = name == "process_group" and isinstance(value, GroupSpec)
-        layer.__dict__[name] = value.given() if is_torchs else value
+        layer.__dict__[name] = value.given() if name == "process_group" and isinstance(value, GroupSpec) else value
     if original.members:
         _restore_members(layer, original)
     elif original.frozen is not None:
