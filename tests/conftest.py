@@ -16,6 +16,7 @@ from versions import IS_DEVELOPMENT, MAY_WARN
 
 from syncbn.ops import cpu
 
+collect_ignore_glob = ["*_witness.py"]  # programs, of packages that may be missing: see witnesses.py
 # Reasons a test may be skipped for: each is listed in tests/README.md.
 OPTIONAL = {  # packages that an environment of `make test-versions` may lack
     "torchvision": "torchvision does not import beside this torch",
