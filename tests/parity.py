@@ -17,6 +17,7 @@ NAMES = {  # Keras' and flax'; flax' bias is called as ours
     "moving_variance": "running_var",
     "var": "running_var",
 }
+POLICIES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "mixed_float16"}
 AFFINE = [{}, {"bias": False}, {"affine": False}]
 
 
@@ -45,6 +46,23 @@ def start(case):
     layer = torch_norm(nn.BatchNorm1d, case.num_features, dtype=case.dtype, **case.layer)
     initialize(layer, case)
     return {name: parameter.detach().numpy() for name, parameter in layer.named_parameters()}
+
+
+def in_keras_words(case, axis):
+    """Say in Keras' words what a case is."""
+    dtype, ours = case.xs[0][0].dtype, start(case)
+    return {
+        "xs": [joined(xs, axis) for xs in case.xs],
+        "dys": [joined(dys, axis) for dys in case.dys],
+        "axis": axis,
+        "float64": dtype == torch.float64,
+        "dtype": POLICIES[dtype],
+        "epsilon": case.layer["eps"],
+        "momentum": 1 - case.layer["momentum"],
+        "scale": "weight" in ours,
+        "center": "bias" in ours,
+        "weights": {{"weight": "gamma", "bias": "beta"}[name]: value for name, value in ours.items()},
+    }
 
 
 def expected(answer, case, axis, training=True):

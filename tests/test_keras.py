@@ -1,4 +1,4 @@
-"""SyncBatchNorm beside Keras' BatchNormalization on the joined batch."""
+"""SyncBatchNorm beside Keras' BatchNormalization: on the joined batch, and synchronized by TensorFlow."""
 
 import os
 from dataclasses import replace
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import compare, make_case, run_case
-from parity import draw_case, expected, joined, num_values, run_cases, start
+from parity import draw_case, expected, in_keras_words, joined, num_values, run_cases
 from witnesses import ask
 
 import syncbn
@@ -21,29 +21,10 @@ SEED = 1000 * int(os.environ.get("PROPERTY_SEED", "0"))
 # Keras computes in float32 unless it is lifted; relative to the largest value. Half types: their own rounding, as in
 # test_batchnorm.py.
 RTOL = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 2**-10}
-POLICIES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "mixed_float16"}
 
 
-def ask_keras(cases, axes, **more):
-    jobs = [job(case, axis) | more for case, axis in zip(cases, axes, strict=True)]
-    return ask("keras_witness.py", jobs)
-
-
-def job(case, axis):
-    """Say in Keras' words what a case is."""
-    dtype, ours = case.xs[0][0].dtype, start(case)
-    return {
-        "xs": [joined(xs, axis) for xs in case.xs],
-        "dys": [joined(dys, axis) for dys in case.dys],
-        "axis": axis,
-        "float64": dtype == torch.float64,
-        "dtype": POLICIES[dtype],
-        "epsilon": case.layer["eps"],
-        "momentum": 1 - case.layer["momentum"],
-        "scale": "weight" in ours,
-        "center": "bias" in ours,
-        "weights": {{"weight": "gamma", "bias": "beta"}[name]: value for name, value in ours.items()},
-    }
+def ask_keras(cases, axes):
+    return ask("keras_witness.py", [in_keras_words(case, axis) for case, axis in zip(cases, axes, strict=True)])
 
 
 def test_any_split_equals_keras_on_the_joined_batch(run):
@@ -68,7 +49,7 @@ KERAS_DEFAULTS = {"eps": 1e-3, "momentum": 0.01}
 def test_what_keras_defaults_mean(run):
     """Keras' momentum is the share of the old value, its eps 1e-3: with others, the results differ."""
     case = make_case([(2, 3, 4), (0, 3, 4), (1, 3, 4)], steps=4, std=0.1, layer=KERAS_DEFAULTS)
-    described = job(case, 1)
+    described = in_keras_words(case, 1)
     del described["epsilon"], described["momentum"]
     [answer] = ask("keras_witness.py", [described])
     others = [replace(case, layer=KERAS_DEFAULTS | wrong) for wrong in ({"eps": 1e-5}, {"momentum": 0.99})]
@@ -100,7 +81,7 @@ def test_not_trainable_means_eval_statistics(run):
     """Keras' trainable=False, though called with training=True, is our `freeze`."""
     case = make_case([(2, 3, 4), (3, 3, 4)], steps=2, layer={"eps": 1e-3, "momentum": 0.5})
     statistics = {"running_mean": torch.tensor([0.5, 1, 2]), "running_var": torch.tensor([0.5, 1, 2])}
-    described = job(case, 1)
+    described = in_keras_words(case, 1)
     described["weights"] |= {"moving_mean": np.array([0.5, 1, 2]), "moving_variance": np.array([0.5, 1, 2])}
     answers = ask("keras_witness.py", [described | {"training": False}, described | {"trainable": False}])
     results = run(frozen_rank, 2, case, statistics)
@@ -108,3 +89,25 @@ def test_not_trainable_means_eval_statistics(run):
     for what in ("y", "dx"):
         assert np.array_equal(answers[0][what], answers[1][what])
     assert answers[1]["gradients"] == [{}, {}]
+
+
+@pytest.mark.skipif(find_spec("tensorflow") is None, reason="tensorflow is not installed")
+def test_three_ranks_equal_three_replicas_of_tensorflow(run):
+    """synchronized=True under MirroredStrategy, whose replicas may be uneven or empty, too."""
+    seeds = [seed for seed in range(SEED, SEED + 40) if 1 + seed % 4 == 3]
+    cases = [draw_case(seed, dtype=dtype) for seed in seeds for dtype in (torch.float64, torch.float32)]
+    axes = [1 if i % 3 else -1 for i in range(len(cases))]
+    answers = ask("tensorflow_witness.py", [in_replicas(case, axis) for case, axis in zip(cases, axes, strict=True)])
+    results = run(run_cases, 3, cases)
+    for k, case in enumerate(cases):
+        wanted = expected(answers[k], case, axes[k])
+        compare([result[k] for result in results], wanted, case, RTOL[case.xs[0][0].dtype])
+
+
+def in_replicas(case, axis):
+    """Keep the ranks' parts apart; on TensorFlow, Keras computes in float64 where it is asked to."""
+    described = in_keras_words(case, axis) | {"xs": [], "dys": []}
+    del described["float64"]
+    for name, steps in (("xs", case.xs), ("dys", case.dys)):
+        described[name] = [[joined([part], axis) for part in step] for step in steps]
+    return described
