@@ -41,7 +41,9 @@ FRAMEWORKS = {
     "accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine", "transformers",
     "torch_geometric", "lightly",
 }  # fmt: skip
-ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS}
+# Packages that syncbn is compared with: `make test-slow` installs them, too.
+PARITY = {"keras", "flax", "tensorflow"}
+ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS | PARITY}
 MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | OF_OLD_LIGHTNING | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()
