@@ -9,6 +9,8 @@ from .conversion.convert import convert, plan, revert
 from .conversion.initialize import initialize_weight_norm
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
+from .nn.renorm import BatchRenorm
+from .nn.switchable import SwitchableNorm
 from .ops.backends import use_kernels
 from .statistics.average import average_bn_stats
 from .statistics.freeze import freeze, unfreeze
@@ -19,8 +21,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Audit",
     "AuditRow",
+    "BatchRenorm",
     "GhostBatchNorm",
     "PlanRow",
+    "SwitchableNorm",
     "SyncBatchNorm",
     "audit",
     "average_bn_stats",

@@ -13,6 +13,8 @@ from torch import nn
 
 import syncbn
 from experiment.training.data import ImageData
+from experiment.training.norm_config import count_forwards, make_converter
+from experiment.training.sharding import BatchPlan
 from experiment.training.task import Task
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -41,6 +43,8 @@ ARMS = {
     "gn_ws": ("GroupNorm", None),
     "wn": ("ChannelBias", None),
     "wn_mean_only": ("MeanOnlyBatchNorm", None),
+    "brn": ("BatchRenorm", None),
+    "sn": ("SwitchableNorm", None),
 }
 
 
@@ -114,7 +118,7 @@ def test_arms_differ_in_the_norm_alone():
 
 @pytest.mark.parametrize(("norm", "wanted"), ARMS.items())
 def test_an_arm_converts_to_what_its_name_says(norm, wanted):
-    converter = instantiate(chosen("norm", norm))
+    converter = make_converter(chosen("norm", norm), 1000)
     model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16))
     syncbn.convert(model, converter.norm, **converter.options)
     assert (type(model[1]).__name__, converter.options["process_group"]) == wanted
@@ -126,6 +130,22 @@ def test_groups_of_equal_size(norm):
     model = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(16))
     syncbn.convert(model, converter.norm, **converter.options)
     assert [layer.num_groups for layer in model] == [2, 4]
+
+
+def test_steps_of_a_norm_are_parts_of_the_run():
+    plan, trainer = BatchPlan(2, 4, accumulate=4), chosen("trainer", "auto")
+    assert count_forwards(trainer, 32 * 25 + 31, plan) == 2 * 25 * 4
+    assert count_forwards(OmegaConf.merge(trainer, {"max_steps": 10}), 32 * 25, plan) == 10 * 4
+    assert count_forwards(OmegaConf.merge(trainer, {"max_epochs": None, "max_steps": 60}), 32 * 25, plan) == 60 * 4
+    forever = count_forwards(OmegaConf.merge(trainer, {"max_epochs": -1}), 32 * 25, plan)
+    assert forever is None
+    options = make_converter(chosen("norm", "brn"), 200).options
+    assert [options[f"{name}_steps"] for name in ("warmup", "r_ramp", "d_ramp")] == [10, 50, 30]
+    assert make_converter(chosen("norm", "brn"), 3).options["warmup_steps"] == 1  # 0 would be no warm-up
+    with pytest.raises(ValueError, match=r"whole numbers, or trainer.max_epochs .*got {'warmup_steps': 0.05"):
+        make_converter(chosen("norm", "brn"), forever)
+    whole = {"warmup_steps": 7, "r_ramp_steps": 0, "d_ramp_steps": 1}
+    assert whole.items() <= make_converter(OmegaConf.merge(chosen("norm", "brn"), whole), None).options.items()
 
 
 def test_a_norm_of_ones_own_is_a_partial_in_the_config():

@@ -35,6 +35,7 @@ LAUNCH_HEIGHT = {
     "experiment.training.instantiate": 0, "experiment.training.known_warnings": 0, "experiment.training.schedule": 0,
     "experiment.training.world": 0, "experiment.training.sharding": 0,
     "experiment.training.models": 1, "experiment.training.image_set": 1, "experiment.training.norm_config": 1,
+    "experiment.training.shares": 1,
     "experiment.training.task": 2, "experiment.training.data": 2, "experiment.training.memory_format": 2,
     "experiment.training.datasets": 3, "experiment.training.segmentation": 3, "experiment.training.report": 3,
     "experiment.resume": 4, "experiment.simulation": 4,

@@ -20,6 +20,7 @@ from ..nn.evonorm_s0 import EvoNormS0
 from ..nn.frn import FilterResponseNorm
 from ..nn.frozen import FrozenStatistics
 from ..nn.mean_only import MeanOnlyBatchNorm
+from .synchronized import batch_renorm, switchable_norm
 
 Norm = str | Callable[..., nn.Module]
 
@@ -107,6 +108,8 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "evonorm_s0": EvoNormS0,
     "evonorm_b0": EvoNormB0,
     "none": ChannelAffine,
+    "brn": batch_renorm,
+    "sn": switchable_norm,
 }
 
 

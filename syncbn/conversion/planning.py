@@ -13,10 +13,12 @@ from .classes import sync_class_of
 from .companions import PlanRow
 from .rules import Action, Decision, Target, decide, is_family
 from .swap import original_of
+from .synchronized import warn_of_no_warmup
 from .third_party import advice, is_frozen_layer, keeps_statistics, wrapper_of
 
-# Of norms that change more than the layer: add companions to the decisions about a model, or refuse.
+# Of norms that change more than the layer: add companions to the decisions about a model, or refuse, or warn.
 ADD_COMPANIONS: dict[str, Callable[[nn.Module, list[tuple[nn.Module, Decision]], Target], None]] = {
+    "brn": warn_of_no_warmup,
     "frn": take_activations,
     "evonorm_s0": take_activations,
     "evonorm_b0": take_activations,
