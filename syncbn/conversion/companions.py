@@ -33,3 +33,7 @@ class Companion(ABC):
     @abstractmethod
     def undo(self) -> None:
         """Make the module what it was; parameters as trained."""
+
+    def problem(self) -> str | None:
+        """Say why it cannot be undone, None if it can."""
+        return None

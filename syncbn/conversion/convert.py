@@ -41,6 +41,7 @@ def convert(
         module: A model, or a bare layer.
         norm: "syncbn" to synchronize, "bn" to stop synchronizing; "gn", "ln" or "in" for group, layer or instance
             normalization; "frozen" for the statistics the layer has, never moving; "none" for weight and bias alone;
+            "fixup" for none at all, in residual nets, whose weights it draws anew (`nn.fixup`);
             or a norm of your own: a class or function, called as ``norm(num_features, **norm_kwargs)``, that makes
             an nn.Module. Parameters and buffers of one name and shape in both stay the layer's; eps is its own.
         process_group: Ranks that share statistics, as in SyncBatchNorm; None keeps what a layer has.
@@ -141,6 +142,8 @@ def _why_not_back(name: str, layer: nn.Module, as_batchnorm: bool) -> str | None
     original, cls = original_of(layer), original_class(layer)
     if original is not None and type(layer) is not original.swapped_to:
         return f"the class of {name} was changed after conversion (parametrized or sharded); undo that first."
+    for problem in [] if original is None else filter(None, (c.problem() for c in original.companions)):
+        return problem
     is_written = as_batchnorm and cls in PLAIN
     patch = patches.patch_of(layer, nn.BatchNorm2d if is_written else cls, cls) if original or is_written else None
     return None if patch is None else f"{patch} of {name} was set on the instance; undo that first ({patches.UNDO})."

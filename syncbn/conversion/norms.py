@@ -15,6 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..nn.affine import ChannelAffine
+from ..nn.fixup import NoNorm
 from ..nn.frozen import FrozenStatistics
 
 Norm = str | Callable[..., nn.Module]
@@ -65,6 +66,7 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "in": instancenorm,
     "frozen": FrozenStatistics,
     "none": ChannelAffine,
+    "fixup": NoNorm,
 }
 
 

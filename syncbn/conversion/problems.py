@@ -18,7 +18,7 @@ def of_layer(layer: nn.Module) -> str | None:
         return "a parametrized layer: remove_parametrizations first, or leave it out with exclude."
     if original is not None and type(layer) is not original.swapped_to:
         return f"its class was changed to {type(layer).__name__} after it was converted: undo that first."
-    return None
+    return None if original is None else next(filter(None, (c.problem() for c in original.companions)), None)
 
 
 def of_change(layer: nn.Module, becomes: type[nn.Module]) -> str | None:
