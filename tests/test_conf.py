@@ -13,6 +13,7 @@ from torch import nn
 
 import syncbn
 from experiment.training.data import ImageData
+from experiment.training.models.classifiers import ResNet8
 from experiment.training.task import Task
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -35,6 +36,7 @@ ARMS = {
     "in": ("GroupNorm", None),
     "frozen": ("FrozenStatistics", None),
     "none": ("ChannelAffine", None),
+    "fixup": ("ScalarBias", None),
 }
 
 
@@ -67,7 +69,7 @@ def test_the_groups_are_all_here():
     groups = {group: {c for g, c in CHOICES if g == group} for group, _ in CHOICES}
     assert groups.keys() == {*DEFAULTS, "norm"}
     assert groups["norm"] == ARMS.keys()
-    assert groups["model"] == {"resnet8", "torchvision", "timm", "unet"}
+    assert groups["model"] == {"resnet8", "cifar_resnet", "torchvision", "timm", "unet"}
     assert groups["data"] == {"digits_on_photos", "digit_scenes", "digits", "cifar10", "imagefolder"}
     assert groups["task"] == {"sgd", "segmentation"}
 
@@ -109,9 +111,9 @@ def test_arms_differ_in_the_norm_alone():
 @pytest.mark.parametrize(("norm", "wanted"), ARMS.items())
 def test_an_arm_converts_to_what_its_name_says(norm, wanted):
     converter = instantiate(chosen("norm", norm))
-    model = nn.Sequential(nn.BatchNorm2d(16))
+    model = ResNet8()
     syncbn.convert(model, converter.norm, **converter.options)
-    assert (type(model[0]).__name__, converter.options["process_group"]) == wanted
+    assert (type(model[1]).__name__, converter.options["process_group"]) == wanted
 
 
 def test_a_norm_of_ones_own_is_a_partial_in_the_config():

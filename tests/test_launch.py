@@ -80,7 +80,11 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("num_ranks", "norm"),
-    [pytest.param(1, "syncbn", marks=pytest.mark.slow), (2, "syncbn"), pytest.param(2, "gn", marks=pytest.mark.slow)],
+    [
+        pytest.param(1, "syncbn", marks=pytest.mark.slow),
+        (2, "syncbn"),
+        *(pytest.param(2, norm, marks=pytest.mark.slow) for norm in ("gn", "fixup")),
+    ],
 )
 def test_the_users_command(tmp_path, num_ranks, norm):
     done = launch(tmp_path, f"+norm={norm}", *SMALL, num_ranks=num_ranks)
@@ -165,8 +169,9 @@ def test_a_group_size_that_does_not_divide_the_ranks(here, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
-def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch):
-    train, config = load_train(), composed("+norm=gn", *SMALL)
+@pytest.mark.parametrize("norm", ["gn", pytest.param("fixup", marks=pytest.mark.slow)])
+def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch, norm):
+    train, config = load_train(), composed(f"+norm={norm}", *SMALL)
     train.main(config)
     whole, expected = only_run(here)
 
@@ -179,7 +184,7 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch):
         with pytest.raises(InterruptedError):
             train.main(config)
     [stopped] = set((here / "outputs").iterdir()) - {whole}
-    train.main(composed("+norm=gn", *SMALL, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
+    train.main(composed(f"+norm={norm}", *SMALL, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
     [resumed] = set((here / "outputs").iterdir()) - {whole, stopped}
     assert (stopped / "checkpoints" / "last.ckpt").is_file()
     results = json.loads((resumed / "results.json").read_text())
