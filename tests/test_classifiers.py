@@ -30,7 +30,7 @@ def test_deeper_nets_of_the_same_blocks(depth):
         assert net.state_dict().keys() == classifiers.ResNet8(7, width=4).state_dict().keys()
 
 
-@pytest.mark.parametrize("depth", [2, 18, 50])
+@pytest.mark.parametrize("depth", [2, 18, 52])
 def test_other_depths_are_refused(depth):
     with pytest.raises(ValueError, match=f"depth to be 6 n \\+ 2, .* got {depth}"):
         classifiers.CifarResNet(depth=depth)
