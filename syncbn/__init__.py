@@ -3,6 +3,7 @@
 from . import compat as compat  # first: it refuses a torch that is too old
 from . import debug, functional
 from .audit import Audit, AuditRow, audit
+from .conversion.blocks import register_block
 from .conversion.classes import register
 from .conversion.companions import PlanRow
 from .conversion.convert import convert, plan, revert
@@ -35,6 +36,7 @@ __all__ = [
     "initialize_weight_norm",
     "plan",
     "register",
+    "register_block",
     "revert",
     "unfreeze",
     "update_bn_stats",

@@ -13,6 +13,7 @@ from torch import nn
 
 import syncbn
 from experiment.training.data import ImageData
+from experiment.training.models.classifiers import ResNet8
 from experiment.training.norm_config import count_forwards, make_converter
 from experiment.training.sharding import BatchPlan
 from experiment.training.task import Task
@@ -45,6 +46,7 @@ ARMS = {
     "wn_mean_only": ("MeanOnlyBatchNorm", None),
     "brn": ("BatchRenorm", None),
     "sn": ("SwitchableNorm", None),
+    "fixup": ("ScalarBias", None),
 }
 
 
@@ -77,7 +79,7 @@ def test_the_groups_are_all_here():
     groups = {group: {c for g, c in CHOICES if g == group} for group, _ in CHOICES}
     assert groups.keys() == {*DEFAULTS, "norm"}
     assert groups["norm"] == ARMS.keys()
-    assert groups["model"] == {"resnet8", "torchvision", "timm", "unet"}
+    assert groups["model"] == {"resnet8", "cifar_resnet", "torchvision", "timm", "unet"}
     assert groups["data"] == {"digits_on_photos", "digit_scenes", "digits", "cifar10", "imagefolder"}
     assert groups["task"] == {"sgd", "segmentation"}
 
@@ -119,7 +121,7 @@ def test_arms_differ_in_the_norm_alone():
 @pytest.mark.parametrize(("norm", "wanted"), ARMS.items())
 def test_an_arm_converts_to_what_its_name_says(norm, wanted):
     converter = make_converter(chosen("norm", norm), 1000)
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16))
+    model = ResNet8()
     syncbn.convert(model, converter.norm, **converter.options)
     assert (type(model[1]).__name__, converter.options["process_group"]) == wanted
 

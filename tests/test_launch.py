@@ -83,8 +83,7 @@ def here(tmp_path, monkeypatch):
     [
         pytest.param(1, "syncbn", marks=pytest.mark.slow),
         (2, "syncbn"),
-        pytest.param(2, "gn", marks=pytest.mark.slow),
-        pytest.param(2, "evonorm_b0", marks=pytest.mark.slow),
+        *(pytest.param(2, norm, marks=pytest.mark.slow) for norm in CONF_NORMS if norm != "syncbn"),
     ],
 )
 def test_the_users_command(tmp_path, num_ranks, norm):
@@ -170,9 +169,7 @@ def test_a_group_size_that_does_not_divide_the_ranks(here, monkeypatch):
     assert not (here / "outputs").exists()
 
 
-@pytest.mark.parametrize(
-    "norm", ["gn", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("frn", "evonorm_s0", "evonorm_b0"))]
-)
+@pytest.mark.parametrize("norm", ["gn", *(pytest.param(n, marks=pytest.mark.slow) for n in CONF_NORMS if n != "gn")])
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
 def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch, norm):
     train, config = load_train(), composed(f"+norm={norm}", *SMALL)

@@ -67,12 +67,26 @@ ARMS = {
     "in": ("in", {}),
     "frozen": ("frozen", {}),
     "none": ("none", {}),
-    "frn": ("frn", {}),
-    "evonorm_s0": ("evonorm_s0", {"num_groups": 1}),
     "own": (partial(nn.GroupNorm, 1), {}),
+}
+OF_RESNETS = {  # which have a layer of its own for every place
     "brn": ("brn", {"r_max": 1.2, "d_max": 0.1, "warmup_steps": 1, "r_ramp_steps": 1, "d_ramp_steps": 2}),
     "sn": ("sn", {}),
+    "gn_ws": ("gn_ws", {"num_groups": 1}),
+    "wn": ("wn", {}),
+    "wn_mean_only": ("wn", {"mean_only": True}),
+    "fixup": ("fixup", {}),
+    "frn": ("frn", {}),
+    "evonorm_s0": ("evonorm_s0", {"num_groups": 1}),
+    "evonorm_b0": ("evonorm_b0", {}),
 }
+FITTING = [
+    *(
+        (arm, model) for arm in ARMS for model in MODELS if (arm, model) != ("in", "patches")
+    ),  # one value has no variance
+    *(pytest.param(arm, "resnet", marks=[] if arm == "brn" else pytest.mark.slow) for arm in OF_RESNETS),
+]
+ARMS |= OF_RESNETS
 
 
 def make(model, arm):
@@ -125,11 +139,7 @@ def train_simulated(model, arm, plan):
     return task
 
 
-# One value per image, of which "in" has no variance; and norms that run twice, see test_other_norms_that_synchronize.
-NOT = [("in", "patches"), ("brn", "shared"), ("sn", "shared")]
-
-
-@pytest.mark.parametrize(("arm", "model"), [(a, m) for a in ARMS for m in MODELS if (a, m) not in NOT])
+@pytest.mark.parametrize(("arm", "model"), FITTING)
 def test_the_ranks_and_their_simulation_agree(run, model, arm):
     # the head of "shared" has one value per image
     for plan in (BatchPlan(2, 4), BatchPlan(3 if model == "shared" else 1, 2, 3)):

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..nn.affine import ChannelAffine, ChannelBias
 from ..nn.evonorm_b0 import EvoNormB0
 from ..nn.evonorm_s0 import EvoNormS0
+from ..nn.fixup import NoNorm
 from ..nn.frn import FilterResponseNorm
 from ..nn.frozen import FrozenStatistics
 from ..nn.mean_only import MeanOnlyBatchNorm
@@ -110,6 +111,7 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "none": ChannelAffine,
     "brn": batch_renorm,
     "sn": switchable_norm,
+    "fixup": NoNorm,
 }
 
 

@@ -2,11 +2,14 @@
 
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import syncbn
 
 
 class Block(nn.Module):
@@ -35,25 +38,44 @@ class Block(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class ResNet8(nn.Sequential):
-    """Stack one convolution, three blocks of width, 2 width and 4 width, mean pooling and one linear layer.
+syncbn.register_block(Block, convs=("conv1", "conv2"), norms=("norm1", "norm2"), shortcut="shortcut")
 
-    At width 16 it has 9 norm layers and 78 k parameters (He et al. 2016, section 4.2, with n = 1 and
-    1x1 shortcuts).
+
+class CifarResNet(nn.Sequential):
+    """Stack one convolution, n blocks each of width, 2 width and 4 width, mean pooling and one linear layer.
+
+    He et al. 2016, section 4.2, with 1x1 shortcuts.
+
+    Args:
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+        width: Channels of the first blocks.
+        depth: 6 n + 2.
+
+    Raises:
+        ValueError: another depth.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 16, depth: int = 20) -> None:
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"expected model.depth to be 6 n + 2, as 8, 20, 32, 44 or 56, got {depth}")
+        channels = [width, *(width << stage for stage in range(3) for _ in range(depth // 6))]
         super().__init__(
             nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            Block(width, width, stride=1),
-            Block(width, 2 * width, stride=2),
-            Block(2 * width, 4 * width, stride=2),
+            *(Block(now, then, stride=1 if now == then else 2) for now, then in pairwise(channels)),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(4 * width, num_classes),
+            nn.Linear(channels[-1], num_classes),
         )
+
+
+class ResNet8(CifarResNet):
+    """Depth 8: at width 16 it has 9 norm layers and 78 k parameters."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
+        super().__init__(num_classes, in_channels, width, depth=8)
 
 
 def torchvision(arch: str, num_classes: int = 10, in_channels: int = 3, **kwargs: Any) -> nn.Module:
