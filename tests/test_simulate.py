@@ -80,10 +80,8 @@ OF_RESNETS = {  # which have a layer of its own for every place
     "evonorm_s0": ("evonorm_s0", {"num_groups": 1}),
     "evonorm_b0": ("evonorm_b0", {}),
 }
-FITTING = [
-    *(
-        (arm, model) for arm in ARMS for model in MODELS if (arm, model) != ("in", "patches")
-    ),  # one value has no variance
+FITTING = [  # one value per channel, as "patches" has it, is no instance
+    *((arm, model) for arm in ARMS for model in MODELS if (arm, model) != ("in", "patches")),
     *(pytest.param(arm, "resnet", marks=[] if arm == "brn" else pytest.mark.slow) for arm in OF_RESNETS),
 ]
 ARMS |= OF_RESNETS
