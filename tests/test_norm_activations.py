@@ -360,14 +360,13 @@ def test_a_fused_layer_activates_by_the_norm_alone(norm):
 
 
 def test_errors_name_the_layer_and_touch_nothing():
-    m = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(4, momentum=None), nn.ReLU())
+    m = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU())
     for norm, options, message in (
         (
             "evonorm_s0",
             {"num_groups": 3},
             r"2: num_groups=3 does not divide its 4 channels; choose one of \[1, 2, 4\]",
         ),
-        ("evonorm_b0", {}, "2: evonorm_b0 needs a momentum"),
         ("frn", {"process_group": 2}, "norms that synchronize .*evonorm_b0"),
         ("frn", {"num_groups": 2}, "norm 'frn' takes eps, learn_eps, not num_groups"),
     ):
@@ -390,6 +389,18 @@ def test_b0_has_the_statistics_of_a_batchnorm():
     assert (row.kind, row.count) == ("EvoNormB0", 12)
     syncbn.revert(layer)
     torch.testing.assert_close(layer[0].running_mean, x.detach().mean((0, 2, 3)))
+
+
+def test_b0_averages_over_all_batches_and_may_track_none():
+    layer = EvoNormB0(nn.BatchNorm2d(6, momentum=None, dtype=torch.float64))
+    batches = [inputs(4, 6, 3, 2, seed=seed)[0].detach() for seed in range(3)]
+    for x in batches:
+        layer(x)
+    torch.testing.assert_close(layer.running_var, sum(x.transpose(0, 1).flatten(1).var(1) for x in batches) / 3)
+    assert list(layer.state_dict()) == ["weight", "bias", "v", "running_var", "num_batches_tracked"]
+    layer = EvoNormB0(nn.BatchNorm2d(6, affine=False, track_running_stats=False, dtype=torch.float64)).eval()
+    assert list(layer.state_dict()) == ["v"]
+    assert torch.equal(layer(x), layer.train()(x))
 
 
 @pytest.mark.parametrize("written", [nn.SyncBatchNorm(6), syncbn.SyncBatchNorm(6, process_group=2)])

@@ -27,7 +27,8 @@ class EvoNormB0(SyncBatchNorm):
 
     ``running_var`` moves by ``momentum`` with the unbiased variance. ``running_mean`` moves too and is not used: it is
     there for `update_bn_stats`, `average_bn_stats`, `freeze` and `revert`, which treat the layer as any BatchNorm, and
-    not saved. State_dict: ``weight, bias, v, running_var``, as of timm's EvoNorm2dB0, which it equals in one process.
+    not saved. State_dict: ``weight, bias, v, running_var``, as of timm's EvoNorm2dB0, which it equals in one process;
+    and ``num_batches_tracked`` if momentum is None.
 
     Shapes: input and output ``(N, C, *)``, the output in the input's dtype; half types are computed in float32. N may
     be 0 on some ranks. Collectives: one exchange of 2C + 1 numbers forward and one backward, none in eval mode.
@@ -40,8 +41,8 @@ class EvoNormB0(SyncBatchNorm):
         process_group: As in SyncBatchNorm; None for that of ``layer``.
 
     Raises:
-        ValueError: If ``layer`` averages over all batches (momentum None); in forward for a mask, and as SyncBatchNorm
-            for an input that does not fit, and on all ranks for one value per channel.
+        ValueError: In forward for a mask, and as SyncBatchNorm for an input that does not fit, and on all ranks for
+            one value per channel.
     """
 
     ACTIVATION, WITHOUT = "its own activation", "weight and bias alone"  # for `plan`
@@ -53,8 +54,6 @@ class EvoNormB0(SyncBatchNorm):
         like = tensor_of(layer)
         tracks = layer.track_running_stats
         super().__init__(layer.num_features, eps, layer.momentum, False, tracks, None, like.device, like.dtype)
-        if self.momentum is None:
-            raise ValueError("evonorm_b0 needs a momentum, this layer has None; set one, or leave it out with exclude")
         if process_group is None:
             process_group = (
                 layer.group_spec if isinstance(layer, SyncBatchNorm) else getattr(layer, "process_group", None)
@@ -64,7 +63,8 @@ class EvoNormB0(SyncBatchNorm):
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(layer, name))
         self.v = nn.Parameter(like.new_ones(self.num_features))
-        self.register_buffer("num_batches_tracked", None)
+        if self.momentum is not None:  # only the average of all batches has a use for it
+            self.register_buffer("num_batches_tracked", None)
         self._non_persistent_buffers_set.add("running_mean")
 
     def remove_activation(self) -> None:
@@ -92,7 +92,9 @@ class EvoNormB0(SyncBatchNorm):
         group, name = self._group_and_name() if self.training else (None, "")
         batch = join(x, self.eps, self.momentum, group, name)
         if self.training and not batch.is_again:
-            running = Running(self.running_mean, self.running_var, None, self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
             batch_statistics(batch.summed.detach(), running, self.eps, is_empty=True)
         return batch.mean_var()[1]
 
