@@ -459,6 +459,15 @@ def test_a_block_that_does_more_is_refused(change, message):
     refused(model, f"4.norm.: FixUp cannot change its block 4 .*{message}")
 
 
+def test_a_bare_block_and_one_without_convolutions():
+    block = classifiers.Block(4, 4, stride=1)
+    refused(block, r"norm1: FixUp expects an nn.Linear .* got none")
+    block.conv1 = block.conv2 = nn.Identity()
+    refused(
+        block, r"norm1: FixUp cannot change its block \(the module itself\) \(Block\): expected a convolution conv1"
+    )
+
+
 def test_a_subclass_of_a_block_is_another_block_until_it_is_registered():
     model = net(block=lambda: OddBlock(4, 4, stride=1))
     refused(model, "1: FixUp changes", "3.norm1: as 1")

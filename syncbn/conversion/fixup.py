@@ -89,7 +89,8 @@ def add_companions(root: nn.Module, decisions: list[tuple[nn.Module, Decision]],
         mine = [new[layer] for layer in block.module.modules() if layer in new]
         problem = problem_of(block.module, block.parts, family)
         if problem is not None:
-            _refuse(mine, f"FixUp cannot change its block {block.row.name} ({block.row.from_}): {problem}")
+            name = block.row.name or "(the module itself)"
+            _refuse(mine, f"FixUp cannot change its block {name} ({block.row.from_}): {problem}")
         mine[0].companions.append(block)
     if blocks:
         _add_first(root, outside)
@@ -116,11 +117,11 @@ def _find_blocks(root: nn.Module, new: dict[nn.Module, Decision]) -> list[Block]
 
 def _add_first(root: nn.Module, outside: dict[nn.Module, Decision]) -> None:
     """Take the norm that follows the first convolution of the model, unless it is inside of a block."""
-    pairs = pairwise(root.named_modules())
-    (name, conv), (_, norm) = next(pair for pair in pairs if isinstance(pair[0][1], _ConvNd))
+    pairs, none = pairwise(root.named_modules()), (("", root), ("", root))
+    (name, conv), (_, norm) = next((pair for pair in pairs if isinstance(pair[0][1], _ConvNd)), none)
     if norm in outside and type(conv) in CONVS:
         decision = outside.pop(norm)
-        decision.new = ScalarBias(conv.weight)
+        decision.new = ScalarBias(conv.weight)  # type: ignore[arg-type]
         decision.becomes, decision.row = ScalarBias, decision.row._replace(to=ScalarBias.__name__)
         row = PlanRow(name, type(conv).__name__, type(conv).__name__, "its weight drawn anew")
         decision.companions.append(FirstConv(row, conv))
@@ -138,5 +139,5 @@ def _add_classifier(root: nn.Module, decision: Decision) -> None:
 
 
 def _refuse(decisions: Iterable[Decision], reason: str) -> None:
-    for decision in decisions:
+    for decision in [d for d in decisions if d.action is not Action.REFUSE]:  # the first reason stays
         decision.action, decision.row = Action.REFUSE, decision.row._replace(to=None, reason=reason)
