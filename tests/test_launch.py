@@ -164,9 +164,15 @@ def test_a_group_size_that_does_not_divide_the_ranks(here, monkeypatch):
     assert not (here / "outputs").exists()
 
 
+IN_WARMUP = ["+norm=brn", "norm.warmup_steps=0.8", "norm.momentum=0.2"]  # the stop is in the middle of 10 steps
+
+
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
-def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch):
-    train, config = load_train(), composed("+norm=gn", *SMALL)
+@pytest.mark.parametrize(
+    "arm", [["+norm=gn"], *(pytest.param(arm, marks=pytest.mark.slow) for arm in (IN_WARMUP, ["+norm=sn"]))], ids=str
+)
+def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch, arm):
+    train, config = load_train(), composed(*arm, *SMALL)
     train.main(config)
     whole, expected = only_run(here)
 
@@ -179,7 +185,7 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch):
         with pytest.raises(InterruptedError):
             train.main(config)
     [stopped] = set((here / "outputs").iterdir()) - {whole}
-    train.main(composed("+norm=gn", *SMALL, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
+    train.main(composed(*arm, *SMALL, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
     [resumed] = set((here / "outputs").iterdir()) - {whole, stopped}
     assert (stopped / "checkpoints" / "last.ckpt").is_file()
     results = json.loads((resumed / "results.json").read_text())

@@ -41,6 +41,7 @@ def convert(
         module: A model, or a bare layer.
         norm: "syncbn" to synchronize, "bn" to stop synchronizing; "gn", "ln" or "in" for group, layer or instance
             normalization; "frozen" for the statistics the layer has, never moving; "none" for weight and bias alone;
+            "brn" or "sn" for batch renormalization or switchable normalization, which synchronize;
             or a norm of your own: a class or function, called as ``norm(num_features, **norm_kwargs)``, that makes
             an nn.Module. Parameters and buffers of one name and shape in both stay the layer's; eps is its own.
         process_group: Ranks that share statistics, as in SyncBatchNorm; None keeps what a layer has.
