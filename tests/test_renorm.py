@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -297,3 +298,45 @@ def compiled_rank(rank, world_size, xs, dys):
 def test_compile_without_recompilation(run, world_size):
     shapes = [(2 + rank, C, 2, 2) for rank in range(world_size)]
     run(compiled_rank, world_size, *draw(shapes), timeout=240)
+
+
+def witness(split, dtype, clip):
+    """The job of Keras for a case, on the joined batch; it has no schedule, so its limits are the full ones."""
+    xs, dys = ([torch.cat(parts).to(dtype).numpy() for parts in t] for t in draw(SPLITS[split]))
+    start = (torch.ones(C).double() + EPS).sqrt().numpy()  # of running_var = 1
+    layer = make(dtype=dtype, **FULL)
+    weights = {"gamma": layer.weight.detach().numpy(), "beta": layer.bias.detach().numpy()}
+    weights |= {"renorm_stddev": start, "moving_stddev": start}
+    words = {"axis": 1, "epsilon": EPS, "momentum": 0.7, "renorm_momentum": 0.7, "renorm": True, "weights": weights}
+    words["renorm_clipping"] = {"rmax": clip["r_max"], "rmin": 1 / clip["r_max"], "dmax": clip["d_max"]}
+    return dict(xs=xs, dys=dys, float64=dtype == torch.float64, **words)
+
+
+def steps_of(answer):
+    """Keras' answer in the form that `check` takes; its statistics are the mean and the standard deviation."""
+    steps = []
+    for y, dx, gradients, variables in zip(*(answer[k] for k in ("y", "dx", "gradients", "variables")), strict=True):
+        numbers = (
+            gradients["gamma"],
+            gradients["beta"],
+            variables["renorm_mean"],
+            variables["renorm_stddev"] ** 2 - EPS,
+        )
+        steps.append(
+            [rows([torch.from_numpy(array)]) for array in (y, dx)] + [torch.tensor(n).double() for n in numbers]
+        )
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("keras") is None, reason="keras is not installed")
+def test_keras_on_the_joined_batch(run):
+    from witnesses import ask
+
+    clips = [{"r_max": 1.5, "d_max": 0.4}, {"r_max": 3.0, "d_max": 5.0}, {"r_max": 1.0, "d_max": 0.0}]
+    splits = ("uneven", "one", "flat", "four")
+    cases = [(split, dtype, clip) for split in splits for dtype in (torch.float64, torch.float32) for clip in clips]
+    for (split, dtype, clip), answer in zip(cases, ask("keras_witness.py", [witness(*c) for c in cases]), strict=True):
+        xs, dys = draw(SPLITS[split])
+        results = run(train_rank, len(SPLITS[split]), xs, dys, {"dtype": dtype, **FULL, **clip})
+        check(results, steps_of(answer), 1e-9 if dtype == torch.float64 else 2e-6)
