@@ -169,10 +169,14 @@ def test_a_group_size_that_does_not_divide_the_ranks(here, monkeypatch):
     assert not (here / "outputs").exists()
 
 
+SCHEDULED = {"brn": ["norm.warmup_steps=0.8", "norm.momentum=0.2"]}  # the stop is in the middle of 10 steps
+
+
 @pytest.mark.parametrize("norm", ["gn", *(pytest.param(n, marks=pytest.mark.slow) for n in CONF_NORMS if n != "gn")])
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
 def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch, norm):
-    train, config = load_train(), composed(f"+norm={norm}", *SMALL)
+    arm = [f"+norm={norm}", *SCHEDULED.get(norm, []), *SMALL]
+    train, config = load_train(), composed(*arm)
     train.main(config)
     whole, expected = only_run(here)
 
@@ -185,7 +189,7 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch, norm)
         with pytest.raises(InterruptedError):
             train.main(config)
     [stopped] = set((here / "outputs").iterdir()) - {whole}
-    train.main(composed(f"+norm={norm}", *SMALL, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
+    train.main(composed(*arm, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
     [resumed] = set((here / "outputs").iterdir()) - {whole, stopped}
     assert (stopped / "checkpoints" / "last.ckpt").is_file()
     results = json.loads((resumed / "results.json").read_text())

@@ -157,6 +157,8 @@ def test_outputs_have_mean_0_and_variance_1_where_they_vary(dtype, mean_only):
     var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
     tolerance = 16 * torch.finfo(dtype).eps
     assert g[0].item() == before
+    v = model[0].parametrizations.weight.original1
+    torch.testing.assert_close(v.flatten(1).norm(dim=1), g.flatten())  # the direction learns as a weight does
     assert var[0] < tolerance
     torch.testing.assert_close(var[1:], torch.ones(NUM - 1, dtype=F64), rtol=tolerance, atol=0)
     torch.testing.assert_close(mean, torch.zeros(NUM, dtype=F64), rtol=0, atol=tolerance * 8)

@@ -25,10 +25,12 @@ def initialize_weight_norm(model: M, batch: Any) -> M:
 
     In one forward pass without gradients, layer by layer as they run: with t the output of the parametrized layer, and
     its mean and biased variance per channel over the batch on all ranks, ``g <- g / std`` and ``bias <- -mean / std``,
-    so that the layer and its bias give mean 0 and variance 1; the pass goes on with that. With ``mean_only`` the mean
-    is subtracted anyway, and only g is set. A channel that does not vary keeps its g. A layer that runs twice is
-    set by its first run. Modes of modules are used as they are; buffers and the random state are put back. Compiled
-    modules run eagerly. Call it before the first step, on real data; a checkpoint that is loaded later overwrites it.
+    so that the layer and its bias give mean 0 and variance 1; the pass goes on with that. v takes the weight's value,
+    ``|v| = g``, so that the direction learns at the rate of a weight: the gradient of a shorter v is larger. With
+    ``mean_only`` the mean is subtracted anyway, and only g and v are set. A channel that does not vary keeps its g. A
+    layer that runs twice is set by its first run. Modes of modules are used as they are; buffers and the random state
+    are put back. Compiled modules run eagerly. Call it before the first step, on real data; a checkpoint that is
+    loaded later overwrites it.
 
     Collectives: those of the model, then one exchange of 2C + 1 numbers over the world for each layer: all ranks get
     the same values, those of one process with the joined batch, for any split of it, also with empty ranks. Source:
@@ -80,8 +82,9 @@ def _initialize(
         return None
     name, norm = waiting.pop(layer)
     mean, std = _mean_std(output.movedim(-1, 1) if isinstance(layer, nn.Linear) else output, name)
-    g = layer.parametrizations.weight.original0
+    g, v = layer.parametrizations.weight.parameters()
     g.div_(std.view_as(g))
+    v.copy_(layer.weight)
     if isinstance(norm, ChannelBias) and norm.bias is not None:
         own = 0 if layer.bias is None else layer.bias.double()
         norm.bias.copy_(-((mean - own) / std + own))
