@@ -5,6 +5,7 @@ from . import debug, functional
 from .audit import Audit, AuditRow, audit
 from .conversion.classes import register
 from .conversion.convert import convert, plan, revert
+from .conversion.fold import fold
 from .conversion.rules import PlanRow
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
@@ -25,6 +26,7 @@ __all__ = [
     "average_bn_stats",
     "convert",
     "debug",
+    "fold",
     "freeze",
     "functional",
     "plan",
