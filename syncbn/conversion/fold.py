@@ -45,8 +45,8 @@ def fold(model: M, example: Any) -> M:
 
     Raises:
         ValueError: For a model in training mode, lazy, wrapped, compiled, scripted or quantized; if it has norms, and
-            none stands behind a convolution or linear layer; if an output differs by more than 1e-5 of its largest
-            value, or a folded weight overflows. It names the layers. What the model's forward raises goes through.
+            none stands behind a convolution or linear layer; if an output differs by more than 1e-5 of its range, or a
+            folded weight overflows. It names the layers. What the model's forward raises goes through.
 
     Source: Jacob et al. 2018 (arXiv 1712.05877), section 3.2.
 

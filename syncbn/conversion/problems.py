@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -48,14 +49,14 @@ def of_class(cls: type[nn.Module]) -> str:
 def of_folding(model: nn.Module) -> dict[str, str]:
     """Say by module why ``model`` cannot be folded as it is."""
     problems: dict[str, str] = {}
-    in_training: list[str] = []
     for name, module in model.named_modules():
         problem = _of_kind(module)
+        is_training = module.training and (module is model or isinstance(module, _BatchNorm))
         if problem is not None:
             problems[name] = problem
-        elif module.training and not any(not outer or name.startswith(f"{outer}.") for outer in in_training):
-            in_training.append(name)
-    return problems | dict.fromkeys(in_training, "in training mode; call model.eval() first")
+        elif is_training and "" not in problems:
+            problems[name] = "in training mode; call model.eval() first"
+    return problems
 
 
 def _of_kind(module: nn.Module) -> str | None:
