@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -261,10 +262,10 @@ STAYS = {
     "returned": (Net(lambda n, x: torch.stack([y := n.conv(x), n.norm(y)])), "used elsewhere too"),
     "read twice": (Net(read_twice), "used elsewhere too"),
     "changed in place": (Net(lambda n, x: n.norm(n.conv(x).relu_())), "used elsewhere too"),
-    "activated between": (Net(lambda n, x: n.norm(n.conv(x).relu())), "not the output of a convolution"),
-    "a view": (Net(lambda n, x: n.norm(n.conv(x)[:1])), "not the output of a convolution"),
-    "before": (Net(lambda n, x: n.conv(n.norm(x))), "its input is not the output of a convolution or linear layer"),
-    "masked": (Net(masked, norm=syncbn.SyncBatchNorm(4)), "not the output of a convolution"),
+    "activated between": (Net(lambda n, x: n.norm(n.conv(x).relu())), "not the very output of a convolution"),
+    "a view": (Net(lambda n, x: n.norm(n.conv(x)[:1])), "not the very output of a convolution"),
+    "before": (Net(lambda n, x: n.conv(n.norm(x))), "its input is not the very output of a convolution or linear layer"),
+    "masked": (Net(masked, norm=syncbn.SyncBatchNorm(4)), "not the very output of a convolution"),
     "unreached": (Net(lambda n, x: n.conv(x)), "the example did not reach it"),
     "in the last dimension": (
         Net(lambda n, x: n.norm(n.conv(x[0, :, :4])), nn.Linear(5, 4), nn.BatchNorm1d(4)),
@@ -355,13 +356,58 @@ def test_the_model_its_example_and_the_random_state_stay_as_they_are():
     assert type(model.norm) is nn.BatchNorm2d
 
 
+class Precision(Net):
+    """Note how convolutions are computed on CUDA."""
+
+    def forward(self, x):
+        seen.append(precision())
+        return super().forward(x)
+
+
+seen = []
+
+
+def precision():
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision
+
+
+def test_outputs_are_compared_in_full_float32():
+    before = precision()
+    seen.clear()
+    syncbn.fold(trained(Precision(plainly)), normal(2, 3, 5, 5))
+    assert before not in seen
+    assert len(seen) == 2
+    assert precision() == before
+
+
+def test_in_inference_mode():
+    with torch.inference_mode():
+        net, x = trained(Net(lambda n, x: n.norm(n.conv(x).relu_()))), normal(2, 3, 5, 5)
+        with pytest.warns(UserWarning, match="the output of conv is used elsewhere too"):
+            equal(net, syncbn.fold(net, x), x)
+
+
+def on_rank_0(rank, world_size):
+    model, x = Net(plainly, norm=nn.SyncBatchNorm(4)), normal(2, 3, 5, 5)
+    syncbn.convert(trained(model), process_group=2)
+    with torch.no_grad():
+        error = (syncbn.fold(model, x)(x) - model(x)).abs().max().item() if rank == 0 else 0.0
+    dist.barrier()
+    return error
+
+
+def test_one_rank_alone_may_fold(run):
+    assert max(run(on_rank_0, 2, timeout=40)) < 1e-12
+
+
 def test_the_copy_is_plain_torch_and_learns():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
     )
     trained(syncbn.convert(model), torch.float32).to(memory_format=torch.channels_last)
     x = normal(2, 3, 6, 6).float()
-    with pytest.warns(UserWarning, match="3: its input is not the output"):
+    with pytest.warns(UserWarning, match="3: its input is not the very output"):
         folded = syncbn.fold(model, x)
     assert {type(module) for module in folded.modules()} == {
         nn.Sequential, nn.Conv2d, nn.Identity, nn.Tanh, nn.BatchNorm2d, nn.GroupNorm,
@@ -418,11 +464,21 @@ def test_what_torch_does_not_see_is_found_by_the_outputs():
     ):
         syncbn.fold(net, normal(2, 3, 5, 5))
     net = trained(Net(lambda n, x: n.norm(n.conv(x)) * n.norm.eps))
-    with pytest.raises(ValueError, match=r"with norm folded into conv, the model fails with .*eps.*: something reads"):
+    with pytest.raises(ValueError, match=r"without its norms the model fails, as something reads one of them: .*eps"):
         syncbn.fold(net, normal(2, 3, 5, 5))
     net = trained(Net(lambda n, x: n.norm(n.conv(x)) * float("nan")))
     with pytest.raises(ValueError, match="returns finite tensors"):
         syncbn.fold(net, normal(2, 3, 5, 5))
+
+
+def test_a_model_that_magnifies_rounding_is_folded_with_a_warning():
+    net = trained(Net(lambda n, x: (n.norm(n.conv(x)) * 1e4).sin()), torch.float32)
+    with pytest.warns(
+        UserWarning, match=r"differ by .*e-0\d of their range, in float64 by .*e-1\d: the model magnifies"
+    ):
+        folded = syncbn.fold(net, normal(2, 3, 5, 5).float())
+    assert type(folded.norm) is nn.Identity
+    equal(net.double(), folded.double(), normal(2, 3, 5, 5), tolerance=0.1)
 
 
 def compiled():

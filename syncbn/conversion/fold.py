@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..compat import full_float32
 from .agreement import verify
 from .foldable import NO_LAYER, UNREACHED, Found, find
 from .folded import fold_all, plain_copy
@@ -36,8 +37,10 @@ def fold(model: M, example: Any) -> M:
     would notice. What ``example`` does not reach stays. One warning lists what stayed, and why.
 
     Then the copy's outputs on ``example`` are compared with the model's: in float32 for a half model, whose folded
-    weights are rounded after that. Collectives: none, so one rank alone may call it. After training with plain
-    BatchNorm on several ranks, whose statistics differ, call `average_bn_stats` first.
+    weights are rounded after that; and in float64, if they differ, with a warning where that is rounding.
+
+    Collectives: none, so one rank alone may call it. After training with plain BatchNorm on several ranks, whose
+    statistics differ, call `average_bn_stats` first.
 
     Args:
         model: A model in eval mode; it is not changed.
@@ -67,12 +70,13 @@ def fold(model: M, example: Any) -> M:
         raise ValueError("\n".join(["fold: nothing was folded.", *by_reason(problems)]))
     tensors = (*model.parameters(), *model.buffers())
     dtype = torch.float32 if any(tensor.dtype in _HALF for tensor in tensors) else None
-    found = find(plain_copy(model, dtype), copy_of_arguments(args, dtype))
-    behind = [name for name, reason in found.stays.items() if reason not in (NO_LAYER, UNREACHED)]
-    if found.stays and not behind and not found.pairs:
-        raise ValueError("\n".join([_NOTHING, *by_reason(found.stays)]))
-    if found.pairs:
-        verify(model, found.pairs, found.output, args, dtype)
+    with full_float32():
+        found = find(plain_copy(model, dtype), copy_of_arguments(args, dtype))
+        if found.stays and not found.pairs and {*found.stays.values()} <= {NO_LAYER, UNREACHED}:
+            raise ValueError("\n".join([_NOTHING, *by_reason(found.stays)]))
+        remark = verify(model, found.pairs, found.output, args, dtype) if found.pairs else None
+    if remark is not None:
+        warnings.warn(remark, stacklevel=2)
     result = plain_copy(model)
     fold_all(result, found.pairs)
     for layer in result.modules():

@@ -22,7 +22,7 @@ from .swap import PLAIN
 from .third_party import activates, is_frozen_layer, keeps_statistics
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-NO_LAYER = "its input is not the output of a convolution or linear layer, and of nothing after it"
+NO_LAYER = "its input is not the very output of a convolution or linear layer"
 UNREACHED = "the example did not reach it"
 
 

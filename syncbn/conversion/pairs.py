@@ -77,13 +77,13 @@ class Readers(TorchFunctionMode):
     ) -> Any:
         """Run the operator; it has read its arguments, unless it gives a shape, say, or the tensor as it was."""
         kwargs = kwargs or {}
-        given = [(tensor, tensor._version) for tensor in tensors((args, kwargs))] if self.is_looking else []
+        given = [(tensor, _version(tensor)) for tensor in tensors((args, kwargs))] if self.is_looking else []
         result = func(*args, **kwargs)
         if isinstance(result, _FACTS) and not any(True for _ in tensors(result)):
             return result
         by_batch = func is F.batch_norm and bool(kwargs.get("training", args[5] if len(args) > 5 else False))
         for tensor, version in given:
-            if result is not tensor or tensor._version != version:
+            if result is not tensor or version is None or _version(tensor) != version:
                 self.num_reads[id(tensor)] += 1
                 seen = self._find(tensor)
                 if seen is not None:
@@ -104,6 +104,11 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(part)
     elif isinstance(value, Mapping) or (is_dataclass(value) and not isinstance(value, type)):
         yield from tensors([*(value if isinstance(value, Mapping) else vars(value)).values()])
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Count the writes to ``tensor``; None where nobody does."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def run(model: nn.Module, args: tuple[Any, ...]) -> Any:
