@@ -264,7 +264,7 @@ STAYS = {
     "changed in place": (Net(lambda n, x: n.norm(n.conv(x).relu_())), "used elsewhere too"),
     "activated between": (Net(lambda n, x: n.norm(n.conv(x).relu())), "not the very output of a convolution"),
     "a view": (Net(lambda n, x: n.norm(n.conv(x)[:1])), "not the very output of a convolution"),
-    "before": (Net(lambda n, x: n.conv(n.norm(x))), "its input is not the very output of a convolution or linear layer"),
+    "before": (Net(lambda n, x: n.conv(n.norm(x))), "its input is not the very output of a convolution or linear"),
     "masked": (Net(masked, norm=syncbn.SyncBatchNorm(4)), "not the very output of a convolution"),
     "unreached": (Net(lambda n, x: n.conv(x)), "the example did not reach it"),
     "in the last dimension": (
@@ -498,6 +498,7 @@ def compiled():
         (nn.Sequential(torch.jit.script(nn.ReLU())).eval(), "0: scripted or traced"),
         (nn.Sequential(torch.ao.nn.quantized.DeQuantize()).eval(), "0: quantized; fold before"),
         (compiled().eval(), "compiled; fold before"),
+        (nn.Sequential(nn.Linear(2, 2, device="meta")).eval(), "0: on the meta device; load its values first"),
     ],
 )  # fmt: skip
 def test_refused(model, message):

@@ -15,7 +15,7 @@ import syncbn
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 torchvision = pytest.importorskip("torchvision", reason=OPTIONAL["torchvision"])
-from timm.layers._fx import get_notrace_functions  # noqa: E402
+from timm.layers._fx import get_notrace_functions, get_notrace_modules  # noqa: E402
 from timm.layers.norm_act import FrozenBatchNormAct2d  # noqa: E402
 from torchvision.ops.misc import FrozenBatchNorm2d  # noqa: E402
 
@@ -28,7 +28,10 @@ class Tracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
 
     def is_leaf_module(self, module, name):
-        return isinstance(module, (_ConvNd, nn.Linear, *NORM)) or super().is_leaf_module(module, name)
+        opaque = isinstance(module, tuple(get_notrace_modules())) and not any(
+            isinstance(m, NORM) for m in module.modules()
+        )
+        return opaque or isinstance(module, (_ConvNd, nn.Linear, *NORM)) or super().is_leaf_module(module, name)
 
 
 def is_shape(node):
@@ -167,8 +170,8 @@ TIMM = {  # the side of its images
     "repvgg_a0": 64, "mobileone_s0": 64, "fastvit_t8": 64, "cspresnet50": 64,
     "cspdarknet53": 64, "cs3darknet_s": 64, "darknet53": 64, "vovnet39a": 64, "ese_vovnet19b_slim_dw": 64,
     "selecsls42": 64, "hgnet_tiny": 64, "hgnetv2_b0": 64, "vgg11_bn": 64, "inception_v3": 96, "inception_v4": 96,
-    "inception_resnet_v2": 96, "xception41": 96, "legacy_xception": 96, "legacy_senet154": 64, "pnasnet5large": 96,
-    "nasnetalarge": 96, "mobilevit_xxs": 64, "mobilevitv2_050": 64, "levit_128s": 224, "levit_conv_128s": 224,
+    "inception_resnet_v2": 96, "xception41": 96, "legacy_xception": 96, "pnasnet5large": 96,
+    "mobilevit_xxs": 64, "mobilevitv2_050": 64, "levit_128s": 224, "levit_conv_128s": 224,
     "efficientformer_l1": 224, "efficientvit_b0": 64, "repvit_m0_9": 64, "coatnet_nano_rw_224": 224,
     "botnet26t_256": 256,
     "lambda_resnet26t": 256, "halonet26t": 256, "eca_botnext26ts_256": 256, "tresnet_m": 64, "gernet_s": 64,

@@ -48,7 +48,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """
     found = {name: getattr(norm, name, None) for name in ("weight", "bias", "running_mean", "running_var")}
     weight, bias, mean, var = (None if tensor is None else _wide(tensor) for tensor in found.values())
-    eps: Any = eps_of(norm) if is_frozen_layer(norm) else norm.__dict__["eps"]
+    eps: Any = eps_of(norm) if is_frozen_layer(norm) else norm.eps
     assert mean is not None
     assert var is not None
     scale = (var + eps).rsqrt() * (1 if weight is None else weight)
@@ -57,7 +57,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def folded(layer: nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Compute weight and bias of ``layer`` with ``y * scale + shift`` per channel of its output, in float64."""
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
     per_output = scale.view(-1, *[1] * (weight.dim() - 1))
     scaled = _by_output(layer, _by_output(layer, _wide(weight)) * per_output)
@@ -66,8 +66,7 @@ def folded(layer: nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tens
 
 def fold_pair(layer: nn.Module, norm: nn.Module) -> bool:
     """Fold ``norm`` into ``layer``, in place; return whether the layer's dtype could hold the result."""
-    given = layer._parameters
-    weight, old_bias = given["weight"], given["bias"]
+    weight, old_bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
     values = folded(layer, *scale_and_shift(norm))
     biases = [p for p in (old_bias, norm._parameters.get("bias")) if p is not None] or [weight]

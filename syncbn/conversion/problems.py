@@ -70,6 +70,8 @@ def _of_kind(module: nn.Module) -> str | None:
         return "a lazy layer that does not know its shape yet; run one batch first"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted or traced; fold before"
+    if any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        return "on the meta device; load its values first"
     return "quantized; fold before, in floating point" if is_quantized_class(type(module)) else None
 
 
