@@ -7,6 +7,7 @@ from .conversion.blocks import register_block
 from .conversion.classes import register
 from .conversion.companions import PlanRow
 from .conversion.convert import convert, plan, revert
+from .conversion.fold import fold
 from .conversion.initialize import initialize_weight_norm
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
@@ -31,6 +32,7 @@ __all__ = [
     "average_bn_stats",
     "convert",
     "debug",
+    "fold",
     "freeze",
     "functional",
     "initialize_weight_norm",

@@ -114,6 +114,12 @@ def is_sync_class(cls: type[nn.Module]) -> bool:
     return any(is_sync_name(name) for name in _names(cls))
 
 
+def is_quantized_class(cls: type[nn.Module]) -> bool:
+    """Whether ``cls`` is one of torch's layers of quantized models, or of those that train to be."""
+    parts = cls.__module__.split(".")
+    return parts[0] == "torch" and bool({"quantized", "qat"} & {*parts}) and cls.__name__ != "FloatFunctional"
+
+
 def wrapper_of(module: nn.Module) -> str | None:
     """Return the name of the wrapper that ``module`` is; None for any other module."""
     return next((name for name in _names(type(module)) if name in WRAPPERS), None)
