@@ -3,12 +3,12 @@
 from . import compat as compat  # first: it refuses a torch that is too old
 from . import debug, functional
 from .audit import Audit, AuditRow, audit
-from .conversion.blocks import register_block
 from .conversion.classes import register
 from .conversion.companions import PlanRow
 from .conversion.convert import convert, plan, revert
-from .conversion.fold import fold
-from .conversion.initialize import initialize_weight_norm
+from .conversion.norms.blocks import register_block
+from .conversion.norms.initialize import initialize_weight_norm
+from .folding.fold import fold
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
 from .nn.renorm import BatchRenorm

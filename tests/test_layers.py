@@ -24,9 +24,10 @@ HEIGHT = {
     "functional": 6,
     "nn": 7,
     "debug": 8, "conversion": 8, "statistics": 8,
-    "audit": 9,
-    "__init__": 10,
-    "lightning": 11,
+    "folding": 9,
+    "audit": 10,
+    "__init__": 11,
+    "lightning": 12,
 }  # fmt: skip
 # The same of launch/: the names are those that a file in it imports, the longest that matches.
 LAUNCH = Path(__file__).parents[1] / "launch"

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import syncbn
-from syncbn.conversion.weights import pairs_of
+from syncbn.conversion.norms.weights import pairs_of
 
 F64 = torch.float64
 ARMS = {"gn_ws": {"num_groups": 2}, "wn": {}, "wn mean only": {"mean_only": True}}

@@ -7,13 +7,14 @@ from torch import nn
 
 from ..nn.frozen import FrozenStatistics
 from ..private import is_compiled
-from . import fixup, replaced, weights
-from .activations import take_activations
+from . import replaced
 from .classes import sync_class_of
 from .companions import PlanRow
+from .norms import fixup, weights
+from .norms.activations import take_activations
+from .norms.synchronized import warn_of_no_warmup
+from .original import original_of
 from .rules import CHANGES, Action, Decision, Target, decide, is_family
-from .swap import original_of
-from .synchronized import warn_of_no_warmup
 from .third_party import advice, is_frozen_layer, keeps_statistics, wrapper_of
 
 # Of norms that change more than the layer: add companions to the decisions about a model, or refuse, or warn.

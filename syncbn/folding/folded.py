@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import patches
-from .frozen import eps_of
+from ..conversion import patches
+from ..conversion.frozen import eps_of
+from ..conversion.original import original_of
+from ..conversion.swap import restore
+from ..conversion.third_party import activates, is_frozen_layer
 from .pairs import copy_of
-from .swap import original_of, restore
-from .third_party import activates, is_frozen_layer
 
 
 def plain_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

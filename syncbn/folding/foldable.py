@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..conversion.classes import sync_class_of
+from ..conversion.frozen import eps_of
+from ..conversion.patches import patch_of
+from ..conversion.swap import PLAIN
+from ..conversion.third_party import activates, is_frozen_layer, keeps_statistics
 from ..nn.converted import can_become
 from ..nn.frozen import FrozenStatistics
 from ..nn.ghost import GhostBatchNorm
 from .agreement import TOLERANCE, error_of
-from .classes import sync_class_of
 from .folded import fold_pair
-from .frozen import eps_of
 from .pairs import LAYERS, Output, Readers, run
-from .patches import patch_of
-from .swap import PLAIN
-from .third_party import activates, is_frozen_layer, keeps_statistics
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NO_LAYER = "its input is not the very output of a convolution or linear layer"

@@ -8,12 +8,12 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..nn.fixup import BlockParts, FixupBlock, FixupLinear, ScalarBias, draw
-from . import norms
+from ...nn.fixup import BlockParts, FixupBlock, FixupLinear, ScalarBias, draw
+from ..companions import Companion, PlanRow
+from ..original import original_of
+from ..rules import Action, Decision, Target
+from . import registry
 from .blocks import CONVS, known, parts_of, problem_of
-from .companions import Companion, PlanRow
-from .rules import Action, Decision, Target
-from .swap import original_of
 
 
 class _Turned(Companion):
@@ -77,7 +77,7 @@ def add_companions(root: nn.Module, decisions: list[tuple[nn.Module, Decision]],
     """
     family = dict(decisions)
     new = {layer: decision for layer, decision in decisions if decision.action is Action.REPLACE}
-    key = norms.key(target.norm, target.norm_kwargs)
+    key = registry.key(target.norm, target.norm_kwargs)
     if any((original := original_of(layer)) is not None and original.norm == key for layer in family):
         _refuse(new.values(), "other layers are FixUp's, drawn for their number of blocks: revert them first.")
         return

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.activated import SyncBatchNormAct
-from ..nn.converted import can_become
-from .classes import sync_class_of
-from .companions import Companion, PlanRow
-from .rules import Action, Decision, Target
-from .swap import original_class, original_of
-from .third_party import activation_behind
+from ...nn.activated import SyncBatchNormAct
+from ...nn.converted import can_become
+from ..classes import sync_class_of
+from ..companions import Companion, PlanRow
+from ..original import original_class, original_of
+from ..rules import Action, Decision, Target
+from ..third_party import activation_behind
 
 # Exact classes of what counts as an activation in a Sequential; in a fused layer it is what is called "act".
 _ACTIVATIONS = (

@@ -10,8 +10,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
-from ..nn.standardized import WeightStandardization
-from .companions import Companion
+from ...nn.standardized import WeightStandardization
+from ..companions import Companion
 
 
 @dataclass

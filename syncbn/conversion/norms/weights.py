@@ -14,10 +14,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import swap
-from .companions import PlanRow
+from .. import swap
+from ..companions import PlanRow
+from ..original import original_of
+from ..rules import Action, Decision, Target, is_family
 from .parametrized import NormalizedWeight, ParametrizedWeight, StandardizedWeight, output_dim, own_weight
-from .rules import Action, Decision, Target, is_family
 
 _Layer = Any  # a _ConvNd or nn.Linear
 _Pairs = dict[nn.Module, tuple[str, _Layer]]
@@ -93,7 +94,7 @@ def _add(
         if decision.action is not Action.REPLACE or norm not in pairs:
             continue
         name, layer = pairs[norm]
-        original = swap.original_of(norm)
+        original = original_of(norm)
         ours = () if original is None else [companion.module for companion in original.companions]
         found = _why_not(layer, layer in ours) or problem(layer)
         if found is not None:

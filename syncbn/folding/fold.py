@@ -11,7 +11,7 @@ from .agreement import verify
 from .foldable import NO_LAYER, UNREACHED, Found, find
 from .folded import fold_all, plain_copy
 from .pairs import copy_of_arguments
-from .problems import by_reason, of_folding
+from .problems import by_reason, problems_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,7 +65,7 @@ def fold(model: M, example: Any) -> M:
     if not isinstance(example, tuple | Tensor):
         got = type(example).__name__
         raise ValueError(f"fold: expected example to be a tensor or a tuple of positional arguments, got {got}.")
-    problems = of_folding(model)
+    problems = problems_of(model)
     if problems:
         raise ValueError("\n".join(["fold: nothing was folded.", *by_reason(problems)]))
     tensors = (*model.parameters(), *model.buffers())

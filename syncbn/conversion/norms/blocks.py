@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..nn.fixup import BlockParts, FixupBlock, scalar_names
-from . import problems
-from .rules import Action, Decision
-from .swap import original_class
-from .third_party import activates
+from ...nn.fixup import BlockParts, FixupBlock, scalar_names
+from .. import problems
+from ..original import original_class
+from ..rules import Action, Decision
+from ..third_party import activates
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BASIC = BlockParts(("conv1", "conv2"), ("bn1", "bn2"), "downsample")

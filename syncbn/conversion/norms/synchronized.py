@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn.batchnorm import SyncBatchNorm
-from ..nn.renorm import NO_WARMUP, BatchRenorm
-from ..nn.switchable import SwitchableNorm
+from ...nn.batchnorm import SyncBatchNorm
+from ...nn.renorm import NO_WARMUP, BatchRenorm
+from ...nn.switchable import SwitchableNorm
 
 if TYPE_CHECKING:
-    from .rules import Decision, Target
+    from ..rules import Decision, Target
 
 
 def batch_renorm(
