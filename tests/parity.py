@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import oracle
 import torch
 from oracle import initialize, make_case, run_case
 from torch import nn
@@ -18,6 +19,8 @@ NAMES = {  # Keras' and flax'; flax' bias is called as ours
     "var": "running_var",
 }
 POLICIES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "mixed_float16"}
+# float64 and float32 as the witnesses compute; half types: their own rounding, as in test_batchnorm.py.
+RTOL = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 2**-10}
 AFFINE = [{}, {"bias": False}, {"affine": False}]
 
 
@@ -25,7 +28,8 @@ def draw_case(seed, *, even=False, dtype=torch.float64, **options):
     """Draw a split over ``1 + seed % 4`` ranks, a shape and the layer's arguments; `even` gives four equal ranks."""
     generator, world_size = random.Random(seed), 1 + seed % 4
     sizes = [generator.randrange(5) for _ in range(world_size)]
-    sizes[generator.randrange(world_size)] += 2  # others may be empty
+    # others may be empty; of two values per channel, dx is a small difference of large numbers: for float64 alone
+    sizes[generator.randrange(world_size)] += 2 if dtype == torch.float64 else 8
     sizes = [generator.randint(1, 4)] * 4 if even else sizes
     tail = generator.choice([(), (5,), (3, 4), (2, 3, 2)])
     arguments = {"eps": generator.choice([1e-5, 1e-3, 0.1]), "momentum": generator.choice([0.01, 0.1, 0.5, 1.0])}
@@ -100,3 +104,17 @@ def unbiased(theirs, num_values, momentum, before=1.0):
 
 def run_cases(rank, world_size, cases):
     return [run_case(rank, case) for case in cases]
+
+
+def compare(results, wanted, case):
+    """Compare the ranks' results with what `expected` gave, relative to the largest value."""
+    rtol, wanted = RTOL[case.xs[0][0].dtype], dict(wanted)
+    for name in (
+        ("weight", "bias") if rtol > RTOL[torch.float64] else ()
+    ):  # sums that may cancel: relative to the terms
+        if name in wanted:
+            total = sum(result[name].double() for result in results)
+            terms = sum(dy.double().abs().sum() for dys in case.dys for dy in dys) / case.num_features
+            assert (total - wanted[name]).abs().max() <= rtol * terms, f"{case.label}: sum of {name} gradients"
+            wanted[name] = total
+    oracle.compare(results, wanted, case, rtol)

@@ -5,10 +5,11 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
+import oracle
 import pytest
 import torch
-from oracle import compare, make_case, run_case
-from parity import draw_case, expected, in_keras_words, joined, num_values, run_cases
+from oracle import make_case, run_case
+from parity import compare, draw_case, expected, in_keras_words, joined, num_values, run_cases
 from witnesses import ask
 
 import syncbn
@@ -18,9 +19,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("keras") is None, reason="keras is not installed"),
 ]
 SEED = 1000 * int(os.environ.get("PROPERTY_SEED", "0"))
-# Keras computes in float32 unless it is lifted; relative to the largest value. Half types: their own rounding, as in
-# test_batchnorm.py.
-RTOL = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 2**-10}
 
 
 def ask_keras(cases, axes):
@@ -40,7 +38,7 @@ def test_any_split_equals_keras_on_the_joined_batch(run):
         results = run(run_cases, world_size, [cases[i] for i in chosen])
         for k, i in enumerate(chosen):
             wanted = expected(answers[i], cases[i], axes[i])
-            compare([result[k] for result in results], wanted, cases[i], RTOL[cases[i].xs[0][0].dtype])
+            compare([result[k] for result in results], wanted, cases[i])
 
 
 KERAS_DEFAULTS = {"eps": 1e-3, "momentum": 0.01}
@@ -55,10 +53,10 @@ def test_what_keras_defaults_mean(run):
     others = [replace(case, layer=KERAS_DEFAULTS | wrong) for wrong in ({"eps": 1e-5}, {"momentum": 0.99})]
     right, *wrong = zip(*run(run_cases, 3, [case, *others]), strict=True)
     wanted = expected(answer, case, 1)
-    compare(right, wanted, case, 1e-9)
+    compare(right, wanted, case)
     for results in wrong:
         with pytest.raises(AssertionError, match="is off by"):
-            compare(results, wanted, case, 1e-3)
+            oracle.compare(results, wanted, case, 1e-3)
 
 
 def test_moving_variance_is_biased(run):
@@ -85,7 +83,7 @@ def test_not_trainable_means_eval_statistics(run):
     described["weights"] |= {"moving_mean": np.array([0.5, 1, 2]), "moving_variance": np.array([0.5, 1, 2])}
     answers = ask("keras_witness.py", [described | {"training": False}, described | {"trainable": False}])
     results = run(frozen_rank, 2, case, statistics)
-    compare(results, expected(answers[0], case, 1, training=False), case, 1e-9)
+    compare(results, expected(answers[0], case, 1, training=False), case)
     for what in ("y", "dx"):
         assert np.array_equal(answers[0][what], answers[1][what])
     assert answers[1]["gradients"] == [{}, {}]
@@ -101,7 +99,7 @@ def test_three_ranks_equal_three_replicas_of_tensorflow(run):
     results = run(run_cases, 3, cases)
     for k, case in enumerate(cases):
         wanted = expected(answers[k], case, axes[k])
-        compare([result[k] for result in results], wanted, case, RTOL[case.xs[0][0].dtype])
+        compare([result[k] for result in results], wanted, case)
 
 
 def in_replicas(case, axis):
