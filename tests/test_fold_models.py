@@ -15,8 +15,8 @@ import syncbn
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 torchvision = pytest.importorskip("torchvision", reason=OPTIONAL["torchvision"])
-from timm.layers._fx import get_notrace_functions, get_notrace_modules  # noqa: E402
 from timm.layers.norm_act import FrozenBatchNormAct2d  # noqa: E402
+from timm.models import get_notrace_functions, get_notrace_modules  # noqa: E402
 from torchvision.ops.misc import FrozenBatchNorm2d  # noqa: E402
 
 FROZEN = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
