@@ -243,6 +243,15 @@ class Activated(nn.Conv2d):
         return super().forward(x).relu()
 
 
+def computed():
+    """A weight that is no parameter."""
+    net = Net(plainly)
+    weight = net.conv.weight.detach().double() * 2
+    del net.conv.weight
+    net.conv.weight = weight
+    return net
+
+
 def patched():
     net = Net(plainly)
     net.conv.forward = lambda x: 2 * F.conv2d(x, net.conv.weight, padding=1)
@@ -286,6 +295,7 @@ STAYS = {
     "activates inside": (Net(plainly, Activated(4, 4, 3, padding=1)), r"conv \(Activated\) is not linear"),
     "parametrized": (parametrized(parametrizations.weight_norm), "conv is parametrized: call remove_param"),
     "pruned": (parametrized(partial(prune.l1_unstructured, name="weight", amount=0.5)), "conv has hooks"),
+    "computed": (computed(), "conv has no weight of its own"),
     "patched": (patched(), "the forward of conv was set on the instance"),
 }  # fmt: skip
 

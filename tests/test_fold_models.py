@@ -3,9 +3,11 @@
 import warnings
 from collections import Counter
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
+import zoo
 from conftest import OPTIONAL
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,8 +17,8 @@ import syncbn
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 torchvision = pytest.importorskip("torchvision", reason=OPTIONAL["torchvision"])
-from timm.layers._fx import get_notrace_functions, get_notrace_modules  # noqa: E402
 from timm.layers.norm_act import FrozenBatchNormAct2d  # noqa: E402
+from timm.models import get_notrace_functions, get_notrace_modules  # noqa: E402
 from torchvision.ops.misc import FrozenBatchNorm2d  # noqa: E402
 
 FROZEN = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
@@ -68,8 +70,8 @@ def trained(model):
 
 def tensors(output):
     if isinstance(output, torch.Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, dict) else output
+        return [output] * output.is_floating_point()
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
     return [tensor for part in parts for tensor in tensors(part)]
 
 
@@ -235,6 +237,21 @@ def test_segmentation(name, encoder):
     num_unreached = 1 if encoder.startswith("efficientnet") else 0  # that of its classifier
     model = trained(getattr(smp, name)(encoder, encoder_weights=None, classes=2))
     assert check(model, (image(128),), num_unreached).count("did not reach") == num_unreached
+
+
+# Norms before convolutions, with a residual connection or without; and behind a reshape.
+STAY = {"monai SegResNet": 4, "monai DenseNet121": 6, "transformers LevitModel": 22}
+OTHERS = [name for name in zoo.MODELS if not name.startswith(("timm ", "torchvision ", "torch_geometric "))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_packages(name):
+    package = name.split()[0]
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    model, samples = zoo.build(name)
+    check(trained(model), tuple(zoo.joined(samples)), STAY.get(name, 0))
 
 
 def up(channels, out, groups):

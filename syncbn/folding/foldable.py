@@ -91,13 +91,13 @@ class _Judge:
             return f"{name} is called {num_calls} times"
         if not output.has_channels:
             return f"it normalizes dimension 1 of the output of {name}, whose channels are in another"
-        if layer._parameters.get("weight") is None:
-            return f"{name} has no weight of its own"
         if output.ref() is not None or any(read.norm is not norm for read in output.reads):
             return f"the output of {name} is used elsewhere too"
         if any(self.num_owners[id(p)] > 1 for p in layer.parameters(recurse=False)):
             return f"{name} shares its weight or bias with another layer"
         reason = self._of_module(layer, name)
+        if reason is None and layer._parameters.get("weight") is None:
+            return f"{name} has no weight of its own"
         if reason is None and not type(layer).__module__.startswith("torch.nn.") and not _is_linear(output, norm):
             return f"{name} ({type(layer).__name__}) is not linear in its weight and bias"
         return reason

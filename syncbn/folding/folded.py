@@ -1,4 +1,4 @@
-"""Put norms into the weight and bias of the layer before them: the arithmetic, and what takes their place."""
+"""Put norms into the weight and bias of the layer before them: the arithmetic, and what is left of them."""
 
 from collections import OrderedDict
 from typing import Any
