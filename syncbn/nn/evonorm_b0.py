@@ -102,5 +102,6 @@ class EvoNormB0(SyncBatchNorm):
         """Show what SyncBatchNorm shows, and whether the activation is missing."""
         return super().extra_repr() if self.v is not None else f"{super().extra_repr()}, {self.WITHOUT}"
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        nn.Module._load_from_state_dict(self, *args)  # BatchNorm's own adds num_batches_tracked
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        # to a state of an older version BatchNorm adds num_batches_tracked
+        super()._load_from_state_dict(state, prefix, {**metadata, "version": 2}, *rest)

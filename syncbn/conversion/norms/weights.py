@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -66,7 +66,7 @@ def add_weight_norm(root: nn.Module, decisions: list[tuple[nn.Module, Decision]]
 
     def problem(layer: _Layer) -> str | None:
         weight = own_weight(layer)
-        if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
+        if isinstance(layer, _ConvNd) and layer.transposed and layer.groups > 1:
             return f"is transposed with groups={layer.groups}, which share the dimension of the output channels"
         if uses[id(weight)] > 1:
             return "shares its weight with another layer"
