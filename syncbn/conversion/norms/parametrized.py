@@ -63,7 +63,8 @@ class StandardizedWeight(ParametrizedWeight):
 
     def parametrize(self) -> None:
         """See `WeightStandardization`."""
-        groups = self.module.groups if getattr(self.module, "transposed", False) else None
+        layer: Any = self.module
+        groups = layer.groups if layer.transposed else None
         register_parametrization(self.module, "weight", WeightStandardization(groups), unsafe=True)
 
     def take_weight(self) -> nn.Parameter:
