@@ -197,6 +197,11 @@ def keep(net, x):
     return net.norm(net.kept) + net.kept
 
 
+def only_keep(net, x):
+    net.kept = net.conv(x)
+    return net.norm(net.kept)
+
+
 def masked(net, x):
     return net.norm(net.conv(x), torch.ones_like(x[:, :1], dtype=torch.bool))
 
@@ -268,6 +273,7 @@ STAYS = {
         "the output of conv is used elsewhere too",
     ),
     "kept": (Net(keep), "the output of conv is used elsewhere too"),
+    "kept unread": (Net(only_keep), "the output of conv is used elsewhere too"),
     "returned": (Net(lambda n, x: torch.stack([y := n.conv(x), n.norm(y)])), "used elsewhere too"),
     "read twice": (Net(read_twice), "used elsewhere too"),
     "changed in place": (Net(lambda n, x: n.norm(n.conv(x).relu_())), "used elsewhere too"),

@@ -19,7 +19,7 @@ from ..nn.frozen import FrozenStatistics
 from ..nn.ghost import GhostBatchNorm
 from .agreement import TOLERANCE, error_of
 from .folded import fold_pair
-from .pairs import LAYERS, Output, Readers, run
+from .pairs import LAYERS, Output, Readers, copy_of_arguments, run
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NO_LAYER = "its input is not the very output of a convolution or linear layer"
@@ -36,9 +36,16 @@ class Found(NamedTuple):
 
 def find(model: nn.Module, args: tuple[Any, ...]) -> Found:
     """Run ``model``, which is thrown away, once, and pair every norm that alone reads the one output of a layer."""
-    readers, hooked = Readers(), {module for module in model.modules() if _has_hooks(module)}
+    readers, hooked = Readers(), {m for m in model.modules() if any(getattr(m, name, None) for name in _HOOKS)}
     norms = {name: module for name, module in model.named_modules() if _is_norm(module)}
-    handles = [m.register_forward_hook(readers.watch) for m in model.modules() if isinstance(m, LAYERS)]
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    inputs: dict[nn.Module, tuple[Any, ...]] = {}  # of layers of other classes than torch's
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        inputs[layer] = copy_of_arguments(args)
+
+    handles = [layer.register_forward_hook(readers.watch) for layer in layers]
+    handles += [m.register_forward_hook(keep) for m in layers if not type(m).__module__.startswith("torch.nn.")]
     for norm in norms.values():
         handles.append(norm.register_forward_pre_hook(readers.enter, with_kwargs=True))
         handles.append(norm.register_forward_hook(readers.leave))
@@ -46,7 +53,7 @@ def find(model: nn.Module, args: tuple[Any, ...]) -> Found:
         output = run(model, args)
     for handle in handles:
         handle.remove()
-    judge = _Judge(model, readers, hooked)
+    judge = _Judge(model, readers, hooked, inputs)
     pairs, stays = {}, {}
     for name, norm in norms.items():
         reason = judge.of_norm(norm) or judge.of_pair(norm)
@@ -60,9 +67,9 @@ def find(model: nn.Module, args: tuple[Any, ...]) -> Found:
 class _Judge:
     """Say what is in the way of folding a norm, or of folding into a layer; None if nothing is."""
 
-    def __init__(self, model: nn.Module, readers: Readers, hooked: set[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, readers: Readers, hooked: set[nn.Module], inputs: dict[Any, Any]) -> None:
         self.names = {module: name for name, module in model.named_modules()}
-        self.readers, self.hooked = readers, hooked
+        self.readers, self.hooked, self.inputs = readers, hooked, inputs
         self.num_owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
     def output_into(self, norm: nn.Module) -> Output:
@@ -98,7 +105,7 @@ class _Judge:
         reason = self._of_module(layer, name)
         if reason is None and layer._parameters.get("weight") is None:
             return f"{name} has no weight of its own"
-        if reason is None and not type(layer).__module__.startswith("torch.nn.") and not _is_linear(output, norm):
+        if reason is None and layer in self.inputs and not _is_linear(layer, norm, self.inputs[layer]):
             return f"{name} ({type(layer).__name__}) is not linear in its weight and bias"
         return reason
 
@@ -117,10 +124,6 @@ class _Judge:
         return None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in _HOOKS)
-
-
 def _is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is of a kind that may be folded: a BatchNorm, or what keeps statistics as one does."""
     return isinstance(module, _BatchNorm | FrozenStatistics) or is_frozen_layer(module) or keeps_statistics(module)
@@ -135,12 +138,12 @@ def _only_normalizes(norm: nn.Module) -> bool:
     return is_known or activates(cls)
 
 
-def _is_linear(output: Output, norm: nn.Module) -> bool:
+def _is_linear(layer: nn.Module, norm: nn.Module, args: tuple[Any, ...]) -> bool:
     """Try on its own input whether a layer of an unknown class may be folded: its forward may be anything."""
-    pair = copy.deepcopy(nn.ModuleList([output.layer, norm]))
+    pair = copy.deepcopy(nn.ModuleList([layer, norm]))
     fold_pair(*pair)
     try:
         with torch.no_grad():
-            return error_of(pair[1](pair[0](*output.args)), norm(output.layer(*output.args))) <= TOLERANCE
+            return error_of(pair[1](pair[0](*args)), norm(layer(*args))) <= TOLERANCE
     except Exception:  # of a forward that wants keyword arguments, say
         return False

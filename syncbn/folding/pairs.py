@@ -30,10 +30,9 @@ class Read(NamedTuple):
 
 @dataclass
 class Output:
-    """One output of a layer, and what read it; ``args`` is the layer's input, where its class is not torch's."""
+    """One output of a layer, and what read it."""
 
     layer: nn.Module
-    args: tuple[Any, ...]
     ref: "weakref.ref[Tensor]"
     has_channels: bool  # in dimension 1, where norms expect them
     reads: list[Read] = field(default_factory=list)
@@ -56,10 +55,7 @@ class Readers(TorchFunctionMode):
         if not isinstance(output, Tensor):
             return
         dims = len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else 2
-        self.is_looking = False
-        kept = () if type(layer).__module__.startswith("torch.nn.") else copy_of_arguments(args)
-        self.is_looking = True
-        seen = self._by_id[id(output)] = Output(layer, kept, weakref.ref(output), output.dim() == dims)
+        seen = self._by_id[id(output)] = Output(layer, weakref.ref(output), output.dim() == dims)
         self.outputs.append(seen)
 
     def enter(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
