@@ -142,9 +142,9 @@ def test_steps_of_a_norm_are_parts_of_the_run():
     forever = count_forwards(OmegaConf.merge(trainer, {"max_epochs": -1}), 32 * 25, plan)
     assert forever is None
     options = make_converter(chosen("norm", "brn"), 200).options
-    assert [options[f"{name}_steps"] for name in ("warmup", "r_ramp", "d_ramp")] == [10, 50, 30]
-    assert make_converter(chosen("norm", "brn"), 3).options["warmup_steps"] == 1  # 0 would be no warm-up
-    with pytest.raises(ValueError, match=r"whole numbers, or trainer.max_epochs .*got {'warmup_steps': 0.05"):
+    assert [options[f"{name}_steps"] for name in ("warmup", "r_ramp", "d_ramp")] == [40, 50, 30]
+    assert make_converter(chosen("norm", "brn"), 2).options["warmup_steps"] == 1  # 0 would be no warm-up
+    with pytest.raises(ValueError, match=r"whole numbers, or trainer.max_epochs .*got {'warmup_steps': 0.2"):
         make_converter(chosen("norm", "brn"), forever)
     whole = {"warmup_steps": 7, "r_ramp_steps": 0, "d_ramp_steps": 1}
     assert whole.items() <= make_converter(OmegaConf.merge(chosen("norm", "brn"), whole), None).options.items()
