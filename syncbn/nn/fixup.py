@@ -109,14 +109,14 @@ class FixupBlock(nn.Module):
         """Add the branch to the shortcut; see the class."""
         convs, norms, shortcut_name = self._parts
         a = y = self._shift(x, "bias1a")
-        for i, (conv, norm) in enumerate(zip(convs, norms, strict=True), 1):
+        for i, conv in enumerate(convs, 1):
             if i > 1:
                 y = self._shift(F.relu(y), f"bias{i}a")
-            y = getattr(self, norm)(getattr(self, conv)(y))
+            y = getattr(self, norms[i - 1])(getattr(self, conv)(y))
             if i == len(convs):
                 y = y * self.scale.to(y.dtype)
             y = self._shift(y, f"bias{i}b")
-        shortcut = getattr(self, shortcut_name or "", None)
+        shortcut = None if shortcut_name is None else getattr(self, shortcut_name, None)
         return F.relu(y + (x if shortcut is None or isinstance(shortcut, nn.Identity) else shortcut(a)))
 
     def _shift(self, x: Tensor, name: str) -> Tensor:
