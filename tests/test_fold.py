@@ -137,6 +137,7 @@ def frozen_of_torchvision(channels):
         lambda channels: syncbn.convert(nn.SyncBatchNorm(channels), process_group=1),
         lambda channels: syncbn.convert(nn.BatchNorm2d(channels), "frozen"),
         lambda channels: syncbn.convert(syncbn.SyncBatchNorm(channels), "bn"),
+        lambda channels: syncbn.convert(nn.BatchNorm2d(channels), "brn"),
         lambda channels: syncbn.revert(syncbn.convert(nn.BatchNorm2d(channels))),
         lambda channels: syncbn.freeze(nn.BatchNorm2d(channels)),
         lambda channels: syncbn.convert(UserFrozen(channels), include_frozen=True),

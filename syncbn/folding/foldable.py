@@ -17,6 +17,7 @@ from ..conversion.third_party import activates, is_frozen_layer, keeps_statistic
 from ..nn.converted import can_become
 from ..nn.frozen import FrozenStatistics
 from ..nn.ghost import GhostBatchNorm
+from ..nn.renorm import BatchRenorm
 from .agreement import TOLERANCE, error_of
 from .folded import fold_pair
 from .pairs import LAYERS, Output, Readers, copy_of_arguments, run
@@ -134,7 +135,7 @@ def _only_normalizes(norm: nn.Module) -> bool:
     cls, is_frozen = type(norm), is_frozen_layer(norm)
     if not can_become(cls, nn.Identity) or (is_frozen and eps_of(norm) is None):
         return False
-    is_known = cls in (FrozenStatistics, GhostBatchNorm) or sync_class_of(cls, is_frozen) in PLAIN
+    is_known = cls in (FrozenStatistics, GhostBatchNorm, BatchRenorm) or sync_class_of(cls, is_frozen) in PLAIN
     return is_known or activates(cls)
 
 
