@@ -33,7 +33,7 @@ from experiment.resume.checkpoint_files import AtomicCheckpoints
 from experiment.resume.progress import Progress, Start
 from experiment.simulation.exactness import check_exact
 from experiment.simulation.simulate import simulate
-from experiment.training import memory_format, norm_config, report
+from experiment.training import memory_format, norm_config, report, shares
 from experiment.training.data import ImageData
 from experiment.training.instantiate import instantiate
 from experiment.training.known_warnings import ignore_known_warnings
@@ -67,13 +67,19 @@ def build(config: DictConfig, world: World) -> tuple[ImageData, Task]:
     return data, task
 
 
+def make_converter(config: DictConfig, data: ImageData) -> L.Callback | None:
+    """Make the arm's converter, its steps as parts of this run turned into numbers."""
+    num_forwards = norm_config.count_forwards(config.trainer, len(data.splits.train), data.plan)
+    return norm_config.make_converter(config.norm, num_forwards)
+
+
 def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> list[L.Callback]:
     """Convert the model to the arm, at the same moment on real and on simulated ranks: a norm may draw parameters.
 
     Returns:
         For real ranks, the callback: it finds the model converted, and makes the process groups.
     """
-    converter = norm_config.make_converter(config.norm)
+    converter = make_converter(config, data)
     if isinstance(converter, NormConverter) or world.simulate is not None:
         norm_config.apply(converter, task, world.num_ranks)
         norm_config.initialize(converter, task.net, lambda: data.sample(_num_images(data, NUM_INITIALIZED)))
@@ -87,7 +93,7 @@ def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> li
 
 def audit(config: DictConfig, data: ImageData, task: Task) -> str:
     """Audit the model as the arm makes it, on training images."""
-    norm_config.apply(norm_config.make_converter(config.norm), task, data.plan.world_size)
+    norm_config.apply(make_converter(config, data), task, data.plan.world_size)
     share = data.plan.per_rank_batch_size * data.plan.world_size
     num_images = max(4 * share, _num_images(data, NUM_AUDITED))
     sizes = {"per_rank_batch_size": data.plan.per_rank_batch_size, "world_size": data.plan.world_size}
@@ -154,7 +160,7 @@ def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
     evaluations = evaluate(trainer, task, data, list(config.evaluate))
     if world.rank == 0:
         about = {"arm": norm_config.name_of(config.norm), "seed": config.seed, "simulate": world.simulate}
-        results = {**about, **report.summarize_tests(task, evaluations), **training}
+        results = {**about, **report.summarize_tests(task, evaluations), **training, **shares.summarize(task.net)}
         report.write_results(folder, results)
         report.print_table(results, folder)
 

@@ -6,9 +6,13 @@ from .audit import Audit, AuditRow, audit
 from .conversion.classes import register
 from .conversion.companions import PlanRow
 from .conversion.convert import convert, plan, revert
-from .conversion.initialize import initialize_weight_norm
+from .conversion.norms.blocks import register_block
+from .conversion.norms.initialize import initialize_weight_norm
+from .folding.fold import fold
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
+from .nn.renorm import BatchRenorm
+from .nn.switchable import SwitchableNorm
 from .ops.backends import use_kernels
 from .statistics.average import average_bn_stats
 from .statistics.freeze import freeze, unfreeze
@@ -19,18 +23,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Audit",
     "AuditRow",
+    "BatchRenorm",
     "GhostBatchNorm",
     "PlanRow",
+    "SwitchableNorm",
     "SyncBatchNorm",
     "audit",
     "average_bn_stats",
     "convert",
     "debug",
+    "fold",
     "freeze",
     "functional",
     "initialize_weight_norm",
     "plan",
     "register",
+    "register_block",
     "revert",
     "unfreeze",
     "update_bn_stats",

@@ -16,6 +16,7 @@ from versions import IS_DEVELOPMENT, MAY_WARN
 
 from syncbn.ops import cpu
 
+collect_ignore_glob = ["*_witness.py"]  # programs, of packages that may be missing: see witnesses.py
 # Reasons a test may be skipped for: each is listed in tests/README.md.
 OPTIONAL = {  # packages that an environment of `make test-versions` may lack
     "torchvision": "torchvision does not import beside this torch",
@@ -40,7 +41,9 @@ FRAMEWORKS = {
     "accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine", "transformers",
     "torch_geometric", "lightly",
 }  # fmt: skip
-ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS}
+# Packages that syncbn is compared with: `make test-slow` installs them, too.
+PARITY = {"keras", "flax", "tensorflow"}
+ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS | PARITY}
 MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | OF_OLD_LIGHTNING | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()

@@ -179,6 +179,7 @@ def children():
     return {process.pid for process in multiprocessing.active_children()}
 
 
+@pytest.mark.slow
 def test_ranks_answer_or_say_why_and_are_gone():
     before = children()
     assert spawn.run(rank_and_sum, 2, spawn.Setting(30)) == [(0, 2.0, 1), (1, 2.0, 1)]

@@ -18,6 +18,24 @@ def test_resnet8_has_78_thousand_parameters():
     assert sum(p.numel() for p in classifiers.ResNet8().parameters()) == 78_042
 
 
+@pytest.mark.parametrize("depth", [8, 14, 20, 56])
+def test_deeper_nets_of_the_same_blocks(depth):
+    net = classifiers.CifarResNet(7, width=4, depth=depth)
+    blocks = [layer for layer in net if isinstance(layer, classifiers.Block)]
+    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+    assert [block.conv1.out_channels for block in blocks] == [c for c in (4, 8, 16) for _ in range(depth // 6)]
+    assert sum(block.conv1.stride == (2, 2) for block in blocks) == 2
+    assert sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in net.modules()) == depth + 2  # shortcuts
+    if depth == 8:
+        assert net.state_dict().keys() == classifiers.ResNet8(7, width=4).state_dict().keys()
+
+
+@pytest.mark.parametrize("depth", [2, 18, 52])
+def test_other_depths_are_refused(depth):
+    with pytest.raises(ValueError, match=f"depth to be 6 n \\+ 2, .* got {depth}"):
+        classifiers.CifarResNet(depth=depth)
+
+
 def test_a_block_adds_its_shortcut():
     block = classifiers.Block(4, 4, stride=1)
     nn.init.zeros_(block.norm2.weight)

@@ -287,6 +287,7 @@ def compiled_mesh(rank, world_size):
     return layer.running_mean.tolist()
 
 
+@pytest.mark.slow
 def test_compile_with_a_mesh_of_several_dimensions(run):
     assert run(compiled_mesh, 4, timeout=120) == [[0.5] * 2] * 2 + [[2.5] * 2] * 2
 

@@ -288,6 +288,7 @@ def test_any_folder_will_do(here, monkeypatch, name):
     assert [path.name for path in here.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_takes_its_cells_along_and_goes_on(here, monkeypatch, capfd):
     """SIGKILL, in a pseudo terminal where the live table is; the cells see the end of their standard input."""
     assert compare(monkeypatch, *FOUR, "output_dir=whole") == 0

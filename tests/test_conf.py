@@ -13,6 +13,9 @@ from torch import nn
 
 import syncbn
 from experiment.training.data import ImageData
+from experiment.training.models.classifiers import ResNet8
+from experiment.training.norm_config import count_forwards, make_converter
+from experiment.training.sharding import BatchPlan
 from experiment.training.task import Task
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -35,9 +38,15 @@ ARMS = {
     "in": ("GroupNorm", None),
     "frozen": ("FrozenStatistics", None),
     "none": ("ChannelAffine", None),
+    "frn": ("FilterResponseNorm", None),
+    "evonorm_s0": ("EvoNormS0", None),
+    "evonorm_b0": ("EvoNormB0", None),
     "gn_ws": ("GroupNorm", None),
     "wn": ("ChannelBias", None),
     "wn_mean_only": ("MeanOnlyBatchNorm", None),
+    "brn": ("BatchRenorm", None),
+    "sn": ("SwitchableNorm", None),
+    "fixup": ("ScalarBias", None),
 }
 
 
@@ -70,7 +79,7 @@ def test_the_groups_are_all_here():
     groups = {group: {c for g, c in CHOICES if g == group} for group, _ in CHOICES}
     assert groups.keys() == {*DEFAULTS, "norm"}
     assert groups["norm"] == ARMS.keys()
-    assert groups["model"] == {"resnet8", "torchvision", "timm", "unet"}
+    assert groups["model"] == {"resnet8", "cifar_resnet", "torchvision", "timm", "unet"}
     assert groups["data"] == {"digits_on_photos", "digit_scenes", "digits", "cifar10", "imagefolder"}
     assert groups["task"] == {"sgd", "segmentation"}
 
@@ -111,8 +120,8 @@ def test_arms_differ_in_the_norm_alone():
 
 @pytest.mark.parametrize(("norm", "wanted"), ARMS.items())
 def test_an_arm_converts_to_what_its_name_says(norm, wanted):
-    converter = instantiate(chosen("norm", norm))
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16))
+    converter = make_converter(chosen("norm", norm), 1000)
+    model = ResNet8()
     syncbn.convert(model, converter.norm, **converter.options)
     assert (type(model[1]).__name__, converter.options["process_group"]) == wanted
 
@@ -123,6 +132,22 @@ def test_groups_of_equal_size(norm):
     model = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(16))
     syncbn.convert(model, converter.norm, **converter.options)
     assert [layer.num_groups for layer in model] == [2, 4]
+
+
+def test_steps_of_a_norm_are_parts_of_the_run():
+    plan, trainer = BatchPlan(2, 4, accumulate=4), chosen("trainer", "auto")
+    assert count_forwards(trainer, 32 * 25 + 31, plan) == 2 * 25 * 4
+    assert count_forwards(OmegaConf.merge(trainer, {"max_steps": 10}), 32 * 25, plan) == 10 * 4
+    assert count_forwards(OmegaConf.merge(trainer, {"max_epochs": None, "max_steps": 60}), 32 * 25, plan) == 60 * 4
+    forever = count_forwards(OmegaConf.merge(trainer, {"max_epochs": -1}), 32 * 25, plan)
+    assert forever is None
+    options = make_converter(chosen("norm", "brn"), 200).options
+    assert [options[f"{name}_steps"] for name in ("warmup", "r_ramp", "d_ramp")] == [40, 50, 30]
+    assert make_converter(chosen("norm", "brn"), 2).options["warmup_steps"] == 1  # 0 would be no warm-up
+    with pytest.raises(ValueError, match=r"whole numbers, or trainer.max_epochs .*got {'warmup_steps': 0.2"):
+        make_converter(chosen("norm", "brn"), forever)
+    whole = {"warmup_steps": 7, "r_ramp_steps": 0, "d_ramp_steps": 1}
+    assert whole.items() <= make_converter(OmegaConf.merge(chosen("norm", "brn"), whole), None).options.items()
 
 
 def test_a_norm_of_ones_own_is_a_partial_in_the_config():

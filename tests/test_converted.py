@@ -124,6 +124,7 @@ def test_another_process_loads_a_converted_layer():
     subprocess.run([sys.executable, "-c", LOAD], input=saved(syncbn.convert(fused())), check=True)
 
 
+@pytest.mark.slow
 def test_a_reverted_copy_loads_without_syncbn():
     model = syncbn.convert(nn.Sequential(fused(), nn.BatchNorm2d(4)))
     model(torch.randn(2, 4, 3, 3))

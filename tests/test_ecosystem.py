@@ -328,6 +328,7 @@ def assert_compiles(run, model, num_layers):
             torch.testing.assert_close(compiled, eager, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiles_without_graph_break(run):
     from experiment.training.models.classifiers import ResNet8
 

@@ -80,7 +80,11 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("num_ranks", "norm"),
-    [pytest.param(1, "syncbn", marks=pytest.mark.slow), (2, "syncbn"), pytest.param(2, "gn", marks=pytest.mark.slow)],
+    [
+        pytest.param(1, "syncbn", marks=pytest.mark.slow),
+        (2, "syncbn"),
+        *(pytest.param(2, norm, marks=pytest.mark.slow) for norm in CONF_NORMS if norm != "syncbn"),
+    ],
 )
 def test_the_users_command(tmp_path, num_ranks, norm):
     done = launch(tmp_path, f"+norm={norm}", *SMALL, num_ranks=num_ranks)
@@ -100,6 +104,7 @@ def test_the_users_command(tmp_path, num_ranks, norm):
         assert done.stdout.count(text) == 1
 
 
+@pytest.mark.slow
 def test_an_error_on_two_ranks_ends_at_once_and_leaves_nothing(tmp_path):
     import torchvision  # noqa: F401  # what reads the folders
 
@@ -164,9 +169,14 @@ def test_a_group_size_that_does_not_divide_the_ranks(here, monkeypatch):
     assert not (here / "outputs").exists()
 
 
+SCHEDULED = {"brn": ["norm.warmup_steps=0.8", "norm.momentum=0.2"]}  # the stop is in the middle of 10 steps
+
+
+@pytest.mark.parametrize("norm", ["gn", *(pytest.param(n, marks=pytest.mark.slow) for n in CONF_NORMS if n != "gn")])
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.14
-def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch):
-    train, config = load_train(), composed("+norm=gn", *SMALL)
+def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch, norm):
+    arm = [f"+norm={norm}", *SCHEDULED.get(norm, []), *SMALL]
+    train, config = load_train(), composed(*arm)
     train.main(config)
     whole, expected = only_run(here)
 
@@ -179,7 +189,7 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(here, monkeypatch):
         with pytest.raises(InterruptedError):
             train.main(config)
     [stopped] = set((here / "outputs").iterdir()) - {whole}
-    train.main(composed("+norm=gn", *SMALL, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
+    train.main(composed(*arm, f"ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"))
     [resumed] = set((here / "outputs").iterdir()) - {whole, stopped}
     assert (stopped / "checkpoints" / "last.ckpt").is_file()
     results = json.loads((resumed / "results.json").read_text())

@@ -24,9 +24,10 @@ HEIGHT = {
     "functional": 6,
     "nn": 7,
     "debug": 8, "conversion": 8, "statistics": 8,
-    "audit": 9,
-    "__init__": 10,
-    "lightning": 11,
+    "folding": 9,
+    "audit": 10,
+    "__init__": 11,
+    "lightning": 12,
 }  # fmt: skip
 # The same of launch/: the names are those that a file in it imports, the longest that matches.
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -35,6 +36,7 @@ LAUNCH_HEIGHT = {
     "experiment.training.instantiate": 0, "experiment.training.known_warnings": 0, "experiment.training.schedule": 0,
     "experiment.training.world": 0, "experiment.training.sharding": 0,
     "experiment.training.models": 1, "experiment.training.image_set": 1, "experiment.training.norm_config": 1,
+    "experiment.training.shares": 1,
     "experiment.training.task": 2, "experiment.training.data": 2, "experiment.training.memory_format": 2,
     "experiment.training.datasets": 3, "experiment.training.segmentation": 3, "experiment.training.report": 3,
     "experiment.resume": 4, "experiment.simulation": 4,
@@ -159,7 +161,7 @@ def test_it_stays_small():
     assert num_lines(core) <= 1700
     assert num_lines(triton) <= 450
     assert num_lines(source("ops", suffixes=(".cpp", ".h"))) <= 470
-    assert num_lines({*source()} - {*triton}) <= 7000
+    assert num_lines({*source()} - {*triton}) <= 8100
     files = [*source(), *LAUNCH.rglob("*.py")]
     assert {path.name: num_lines([path]) for path in files if num_lines([path]) > 200} == {}
 

@@ -354,7 +354,7 @@ def hooked(num_features):
         ("gn", {"channels_per_group": 2}, r"1: channels_per_group=2 does not divide its 3 .*choose one of \[1, 3\]"),
         ("gn", {"channels_per_group": 0}, r"0: channels_per_group=0 .*one of \[1, 2, 3, 6\]"),
         ("gn_ws", {"num_groups": 3, "channels_per_group": 1}, "0: expected one of num_groups .*leave one out"),
-        (nn.GroupNorm(2, 4), {}, "unknown norm GroupNorm.*expected one of bn, .*, none, or a class or function"),
+        (nn.GroupNorm(2, 4), {}, "unknown norm GroupNorm.*expected one of bn, .*none.*, or a class or function"),
         (None, {}, "unknown norm None"),
         (
             PerChannel,

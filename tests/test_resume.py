@@ -122,7 +122,10 @@ def test_killed_at_every_kind_of_moment(here, whole):  # noqa: F811
     assert_same_run(here / "run", whole)
 
 
-@pytest.mark.parametrize(("num_done", "step"), [(0, None), (1, 3), (2, 3), (3, 4), (4, 4)])
+@pytest.mark.parametrize(
+    ("num_done", "step"),
+    [(1, 3), (4, 4), *(pytest.param(*case, marks=SLOW) for case in [(0, None), (2, 3), (3, 4)])],
+)
 def test_killed_while_a_checkpoint_takes_its_place(here, whole, num_done, step):  # noqa: F811
     calls = []
 
@@ -619,6 +622,7 @@ def send(number, *which):
     return strike
 
 
+@pytest.mark.slow
 def test_a_real_sigkill(here, whole):  # noqa: F811
     command = [str(TRAIN), *SMALL, "+norm=bn", "run_dir=run"]
     code, _ = stopped(command, here / "run", 5, send(signal.SIGKILL))

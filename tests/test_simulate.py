@@ -69,6 +69,22 @@ ARMS = {
     "none": ("none", {}),
     "own": (partial(nn.GroupNorm, 1), {}),
 }
+OF_RESNETS = {  # which have a layer of its own for every place
+    "brn": ("brn", {"r_max": 1.2, "d_max": 0.1, "warmup_steps": 1, "r_ramp_steps": 1, "d_ramp_steps": 2}),
+    "sn": ("sn", {}),
+    "gn_ws": ("gn_ws", {"num_groups": 1}),
+    "wn": ("wn", {}),
+    "wn_mean_only": ("wn", {"mean_only": True}),
+    "fixup": ("fixup", {}),
+    "frn": ("frn", {}),
+    "evonorm_s0": ("evonorm_s0", {"num_groups": 1}),
+    "evonorm_b0": ("evonorm_b0", {}),
+}
+FITTING = [  # one value per channel, as "patches" has it, is no instance
+    *((arm, model) for arm in ARMS for model in MODELS if (arm, model) != ("in", "patches")),
+    *(pytest.param(arm, "resnet", marks=[] if arm == "brn" else pytest.mark.slow) for arm in OF_RESNETS),
+]
+ARMS |= OF_RESNETS
 
 
 def make(model, arm):
@@ -121,7 +137,7 @@ def train_simulated(model, arm, plan):
     return task
 
 
-@pytest.mark.parametrize(("arm", "model"), [(a, m) for a in ARMS for m in MODELS if (a, m) != ("in", "patches")])
+@pytest.mark.parametrize(("arm", "model"), FITTING)
 def test_the_ranks_and_their_simulation_agree(run, model, arm):
     # the head of "shared" has one value per image
     for plan in (BatchPlan(2, 4), BatchPlan(3 if model == "shared" else 1, 2, 3)):
@@ -137,6 +153,23 @@ def test_the_ranks_and_their_simulation_agree(run, model, arm):
                 for key in ("running_mean", "running_var"):
                     held = torch.stack([ranks[group * size][f"{name}.{key}"] for group in range(layer.num_splits)])
                     torch.testing.assert_close(getattr(layer, f"split_{key}"), held, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("arm", ["brn", "sn"])
+def test_other_norms_that_synchronize(run, arm):
+    """A layer that runs twice is simulated where no batches are accumulated; groups are not."""
+    [ranks, *_] = run(train_rank, 2, "shared", arm, 1, 3)
+    for name, value in train_simulated("shared", arm, BatchPlan(3, 2)).net.state_dict().items():
+        torch.testing.assert_close(value, ranks[name], rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"cannot simulate .*that runs twice in a forward.*use engine=torchrun"):
+        train_simulated("shared", arm, BatchPlan(3, 2, 3))
+    task = syncbn.convert(Classifier(ResNet8(CLASSES, width=8), CLASSES), arm, process_group=2)
+    with pytest.raises(ValueError, match=r"cannot simulate net.1: a \w+ in groups of 2 of 4; use engine=torchrun"):
+        simulate(task, BatchPlan(2, 4))
+    task = make("resnet", arm)
+    simulate(task, BatchPlan(2, 4))
+    with pytest.raises(ValueError, match=r"got \(9, 8, 8, 8\) of 9 images; use engine=torchrun"):
+        task.train()(torch.zeros(9, 3, 8, 8, dtype=torch.float64))
 
 
 def test_nodes_are_groups_of_their_size():

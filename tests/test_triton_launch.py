@@ -62,6 +62,7 @@ def test_a_steady_step(tmp_path):
     assert len({file for file, _ in calls}) <= 4, calls
 
 
+@pytest.mark.slow
 def test_without_private_names_the_public_way(tmp_path):
     code = STEP.replace(
         "for step in",

@@ -6,14 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_simulate import MODELS, draw, train_rank, train_simulated
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import syncbn
-from experiment.training.sharding import BatchPlan
-from syncbn.conversion.weights import pairs_of
+from syncbn.conversion.norms.weights import pairs_of
 
 F64 = torch.float64
 ARMS = {"gn_ws": {"num_groups": 2}, "wn": {}, "wn mean only": {"mean_only": True}}
@@ -292,24 +290,6 @@ def test_what_the_user_did_since():
     syncbn.revert(model)
     assert type(model[0]) is nn.Conv2d
     assert model[3].weight is baked
-
-
-@pytest.mark.parametrize("arm", ["gn_ws", "wn"])
-def test_real_ranks_equal_simulated_ones(run, monkeypatch, arm):
-    monkeypatch.setitem(train_simulated.__globals__["ARMS"], arm, (arm, {"num_groups": 1} if arm == "gn_ws" else {}))
-    plan = BatchPlan(2, 2)
-    assert draw(plan)
-    ranks = run(train_rank_of, 2, arm, plan.per_rank_batch_size)
-    mine = train_simulated("resnet", arm, plan).net.state_dict()
-    assert mine.keys() == ranks[0].keys()
-    for name, value in ranks[0].items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-9)
-
-
-def train_rank_of(rank, world_size, arm, per_rank):
-    assert "resnet" in MODELS
-    train_rank.__globals__["ARMS"][arm] = arm, {"num_groups": 1} if arm == "gn_ws" else {}
-    return train_rank(rank, world_size, "resnet", arm, 1, per_rank)
 
 
 @pytest.mark.slow

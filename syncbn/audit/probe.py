@@ -4,20 +4,17 @@ The forward runs on a deep copy, so that whatever it writes (statistics, modes, 
 no layer of the copy communicates. Cost: the weights once more, and the activations of one forward without gradients.
 """
 
-import copy
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..conversion import third_party
+from ..folding.pairs import LAYERS, Output, Readers, copy_of, run
 from ..nn.ghost import GhostBatchNorm
-from .readers import Readers
 
 
 class ImageMoments(NamedTuple):
@@ -64,34 +61,33 @@ def observe(model: nn.Module, images: Tensor) -> Observation:
     num_images = len(images)
     if num_images == 1:  # twice the image changes nothing of its own values, and no BatchNorm refuses it
         images = torch.cat([images, images])
-    tensors = (images, *model.parameters(), *model.buffers())
-    devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
-    twin, readers = _make_twin(model), Readers()
+    twin, readers = copy_of(model).train(), Readers()
     inputs: dict[str, list[ImageMoments | None]] = {}
     for name, layer in twin.named_modules():
         if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
             _make_local(layer)
             record = partial(_record, inputs.setdefault(name, []), readers, num_images, len(images))
             layer.register_forward_pre_hook(record, with_kwargs=True)
-        elif isinstance(layer, _ConvNd | nn.Linear) and layer._parameters.get("bias") is not None:
+        elif isinstance(layer, LAYERS) and layer._parameters.get("bias") is not None:
             layer.register_forward_hook(readers.watch)
-    with torch.random.fork_rng(list(devices)), torch.no_grad(), readers:
-        kept = twin(images)
-    biases = readers.redundant_biases(twin)
+    with readers:
+        kept = run(twin, (images,))
+    biases = _redundant_biases(twin, readers.outputs)
     del kept  # not before: what the model returns is read by somebody
     return Observation(inputs, biases)
 
 
-def _make_twin(model: nn.Module) -> nn.Module:
-    """Copy ``model``, in training mode, with what deepcopy refuses: process groups (shared) and computed tensors."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*vars(module).values(), *module._buffers.values()):
-            if isinstance(value, ProcessGroup):
-                memo[id(value)] = value
-            elif isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo).train()
+def _redundant_biases(model: nn.Module, outputs: list[Output]) -> dict[str, int]:
+    """List biases, and sizes: those whose every output was read by batch normalization alone, and kept by nobody.
+
+    BatchNorm subtracts the mean, so a bias added just before it changes nothing; in other channels than it, it does.
+    """
+    biases: dict[int, bool] = {}
+    for seen in outputs:
+        is_subtracted = bool(seen.reads) and all(read.by_batch for read in seen.reads)
+        is_unneeded = is_subtracted and seen.has_channels and seen.ref() is None
+        biases[id(seen.layer.bias)] = is_unneeded and biases.get(id(seen.layer.bias), True)
+    return {name: p.numel() for name, p in model.named_parameters() if biases.get(id(p), False)}
 
 
 def _make_local(layer: _BatchNorm) -> None:

@@ -12,12 +12,14 @@ from torch import nn
 from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..distributed.subgroups import make_groups
 from ..nn.batchnorm import SyncBatchNorm, name_layers
-from . import norms, patches, replaced
+from . import patches, replaced
 from .companions import PlanRow
-from .norms import Norm
+from .norms import registry
+from .norms.registry import Norm
+from .original import original_class, original_of
 from .planning import decide_all
 from .rules import CHANGES, Action, Decision, Target, apply
-from .swap import PLAIN, original_class, original_of, restore, swap_to_batchnorm
+from .swap import PLAIN, restore, swap_to_batchnorm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,10 +42,10 @@ def convert(
     Args:
         module: A model, or a bare layer.
         norm: "syncbn" to synchronize, "bn" to stop synchronizing; "gn", "ln" or "in" for group, layer or instance
-            normalization; "gn_ws" for "gn" with standardized weights, "wn" for normalized weights; "frozen" for the
-            statistics the layer has, never moving; "none" for weight and bias alone; or a norm of your own: a class
-            or function, called as ``norm(num_features, **norm_kwargs)``, that makes an nn.Module. Parameters and
-            buffers of one name and shape in both stay the layer's; eps is its own.
+            normalization; "frozen" for the statistics the layer has, never moving; "none" for weight and bias alone;
+            others, see docs/norms.md ("brn", "sn", "gn_ws", "wn", "fixup", "frn", "evonorm_s0", "evonorm_b0");
+            or a norm of your own: a class or function, called as ``norm(num_features, **norm_kwargs)``, that makes
+            an nn.Module. Parameters and buffers of one name and shape in both stay the layer's; eps is its own.
         process_group: Ranks that share statistics, as in SyncBatchNorm; None keeps what a layer has.
         include: Patterns (as in fnmatch) of layer names to convert; all, if empty.
         exclude: Patterns of layer names to leave alone.
@@ -67,7 +69,7 @@ def convert(
     """
     target = _target(norm, process_group, include_frozen, norm_kwargs)
     decisions = decide_all(module, target, include, exclude)
-    name, actions = norms.name_of(norm), {decision.action for _, decision in decisions}
+    name, actions = registry.name_of(norm), {decision.action for _, decision in decisions}
     if actions & (CHANGES | {Action.REFUSE}):  # else nothing is left to do
         refused = [d.row for _, d in decisions if d.action in (Action.REFUSE, Action.REFUSE_WRAPPER)]
         if refused:
@@ -163,13 +165,13 @@ def _warn(module: nn.Module, norm: str, decisions: list[Decision]) -> None:
 
 
 def _target(norm: Norm, process_group: ProcessGroupLike, include_frozen: bool, norm_kwargs: dict[str, Any]) -> Target:
-    norms.check(norm, norm_kwargs)
+    registry.check(norm, norm_kwargs)
     if process_group is None:
         return Target(norm, None, include_frozen, norm_kwargs)
-    if not norms.synchronizes(norm):
-        choices = ", ".join(name for name in ("syncbn", *norms.REGISTRY) if norms.synchronizes(name))
+    if not registry.synchronizes(norm):
+        choices = ", ".join(name for name in ("syncbn", *registry.REGISTRY) if registry.synchronizes(name))
         raise ValueError(
-            f"process_group belongs to norms that synchronize ({choices}), not to {norms.name_of(norm)!r}."
+            f"process_group belongs to norms that synchronize ({choices}), not to {registry.name_of(norm)!r}."
         )
     spec = GroupSpec(process_group)
     return Target(

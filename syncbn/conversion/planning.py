@@ -7,15 +7,23 @@ from torch import nn
 
 from ..nn.frozen import FrozenStatistics
 from ..private import is_compiled
-from . import replaced, weights
+from . import replaced
 from .classes import sync_class_of
 from .companions import PlanRow
-from .rules import Action, Decision, Target, decide, is_family
-from .swap import original_of
+from .norms import fixup, weights
+from .norms.activations import take_activations
+from .norms.synchronized import warn_of_no_warmup
+from .original import original_of
+from .rules import CHANGES, Action, Decision, Target, decide, is_family
 from .third_party import advice, is_frozen_layer, keeps_statistics, wrapper_of
 
-# Of norms that change more than the layer: add companions to the decisions about a model, or refuse.
+# Of norms that change more than the layer: add companions to the decisions about a model, or refuse, or warn.
 ADD_COMPANIONS: dict[str, Callable[[nn.Module, list[tuple[nn.Module, Decision]], Target], None]] = {
+    "brn": warn_of_no_warmup,
+    "fixup": fixup.add_companions,
+    "frn": take_activations,
+    "evonorm_s0": take_activations,
+    "evonorm_b0": take_activations,
     "gn_ws": weights.add_standardization,
     "wn": weights.add_weight_norm,
 }
@@ -43,7 +51,21 @@ def decide_all(
         decisions.append((layer, decision))
     if target.norm in ADD_COMPANIONS:
         ADD_COMPANIONS[target.norm](module, decisions, target)
+    _refuse_parts(decisions)
     return decisions
+
+
+def _refuse_parts(decisions: list[tuple[nn.Module, Decision]]) -> None:
+    """Refuse to change some of the layers inside a companion and not the others: it is undone as a whole."""
+    changing = {layer: decision for layer, decision in decisions if decision.action in CHANGES}
+    originals = [(layer, original) for layer, _ in decisions if (original := original_of(layer)) is not None]
+    for layer, norm, companion in [(layer, o.norm, companion) for layer, o in originals for companion in o.companions]:
+        inside = [m for m in companion.module.modules() if (o := original_of(m)) is not None and o.norm == norm]
+        whole = {layer, *inside}
+        mine = [changing[m] for m in whole if m in changing]
+        for decision in mine if len(mine) < len(whole) else []:
+            reason = f"{companion.row.name} ({companion.row.to}) changes as a whole, with all norms inside of it."
+            decision.action, decision.row = Action.REFUSE, decision.row._replace(to=None, reason=reason)
 
 
 def _walk(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:

@@ -5,8 +5,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..nn.converted import can_become
+from .original import original_class, original_of
 from .patches import UNDO, patch_of
-from .swap import original_class, original_of
 
 
 def of_layer(layer: nn.Module) -> str | None:

@@ -10,13 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..distributed.groups import GroupSpec
 from ..nn.activated import SyncBatchNormAct
 from ..nn.batchnorm import SyncBatchNorm
-from . import frozen, norms, patches, problems, swap
+from . import frozen, patches, problems, swap
 from .classes import converted_class, sync_class_of
 from .companions import Companion, PlanRow
-from .swap import original_class, original_of
+from .norms import registry
+from .original import original_class, original_of
 from .third_party import FROZEN_BUFFERS, is_frozen_layer
 
-_ISOLATED = norms.key("bn", {})  # of a layer that was written to synchronize, in groups of one
+_ISOLATED = registry.key("bn", {})  # of a layer that was written to synchronize, in groups of one
 
 
 class Action(Enum):
@@ -52,7 +53,7 @@ class Decision:
 class Target:
     """What layers shall become: `convert`'s arguments but for the filters."""
 
-    norm: norms.Norm
+    norm: registry.Norm
     spec: GroupSpec | None = None
     include_frozen: bool = False
     norm_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def apply(decision: Decision, layer: nn.Module, target: Target) -> None:
         swap.swap_to_sync(layer, decision.becomes, GroupSpec(1), _ISOLATED)  # type: ignore[arg-type]
     elif decision.action is Action.REPLACE:
         assert decision.new is not None
-        key = norms.key(target.norm, target.norm_kwargs)
+        key = registry.key(target.norm, target.norm_kwargs)
         swap.swap_to_other(layer, decision.new, key, activate=sync_class_of(original_class(layer)) is SyncBatchNormAct)
         swap.change_companions(layer, decision.companions)
 
@@ -154,10 +155,10 @@ def _replace(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], ta
     if sync_class not in (*swap.PLAIN, SyncBatchNormAct):
         reason = f"{cls.__name__} does more than normalize; only its synchronized class is registered."
         return Decision(row._replace(reason=reason), Action.WARN)
-    if original is not None and original.norm == norms.key(target.norm, target.norm_kwargs):
+    if original is not None and original.norm == registry.key(target.norm, target.norm_kwargs):
         return Decision(row._replace(to=row.from_, reason="already"))
     try:
-        new = norms.make(target.norm, swap.original_twin(layer), target.norm_kwargs)
+        new = registry.make(target.norm, swap.original_twin(layer), target.norm_kwargs)
     except (ValueError, TypeError) as error:
         return Decision(row._replace(reason=str(error) or repr(error)), Action.REFUSE)
     return Decision(row._replace(to=type(new).__name__, reason="replaced"), Action.REPLACE, type(new), new)

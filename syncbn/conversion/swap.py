@@ -4,7 +4,7 @@ The module object stays; only its class, and what belongs to that class, is exch
 aliases, the training flag and the user's own attributes need no copying, and the way back is exact.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -16,37 +16,11 @@ from ..nn.batchnorm import SyncBatchNorm
 from ..nn.converted import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from . import frozen, replaced
 from .companions import Companion
+from .original import Original, original_of
 
 PLAIN = (SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
 _MODULE_STATE = frozenset(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
 _MEMBERS = ("_parameters", "_buffers", "_modules")
-
-
-@dataclass
-class Original:
-    """What a swapped layer was; kept on the layer as ``_syncbn_original``, outside of its state_dict."""
-
-    cls: type[nn.Module]
-    swapped_to: type[nn.Module]
-    norm: tuple[Any, ...] | None = None  # the norm and its keyword arguments (norms.key); None for "syncbn"
-    sync_state: dict[str, Any] = field(default_factory=dict)  # what a layer that was a SyncBatchNorm kept on itself
-    frozen: dict[str, Any] | None = None  # of a FrozenBatchNorm2d: what `frozen.freeze_again` takes
-    attributes: dict[str, Any] = field(default_factory=dict)  # taken away or overwritten
-    added: list[str] = field(default_factory=list)  # attributes it did not have
-    members: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameters, buffers, modules, if exchanged
-    dtype: torch.dtype | None = None  # of what it was swapped to, then
-    companions: list[Companion] = field(default_factory=list)  # other modules that changed with it
-
-
-def original_of(layer: nn.Module) -> Original | None:
-    """Return what a swapped layer was, None for one that is as the user wrote it."""
-    return layer.__dict__.get("_syncbn_original")
-
-
-def original_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the class that the user wrote, also for a swapped layer."""
-    original = original_of(layer)
-    return type(layer) if original is None else original.cls
 
 
 def swap_to_sync(

@@ -16,6 +16,13 @@ PLAIN = {"mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm", "mmengine.mode
 FROZEN, FROZEN_ACTIVATING = "FrozenBatchNorm", "FrozenBatchNormAct"
 FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 
+# The activation that a module runs directly behind a norm, by the names of both in it.
+_ACTIVATION_BEHIND = {
+    "timm.models.resnet.ResNet": {"bn1": "act1"},
+    "timm.models.resnet.BasicBlock": {"bn1": "act1"},
+    "timm.models.resnet.Bottleneck": {"bn1": "act1", "bn2": "act2"},
+}
+
 # Buffers of modules that normalize with statistics of the batch, whatever their class.
 _STATISTICS = {f"{kind}_{what}" for kind in ("running", "moving") for what in ("var", "variance", "std")}
 
@@ -53,6 +60,15 @@ def activates(cls: type[nn.Module]) -> bool:
     return f"{cls.__module__}.{cls.__qualname__}" in ACTIVATING or any(
         FROZEN_ACTIVATING in name for name in _names(cls)
     )
+
+
+def activation_behind(cls: type[nn.Module], norm: str) -> str | None:
+    """Return the name of the activation that exactly a ``cls`` runs directly behind its ``norm``, if that is known.
+
+    A class of the user's own says so by an attribute ``activation_behind``, as in ``{"norm1": "act1"}``.
+    """
+    known = _ACTIVATION_BEHIND.get(f"{cls.__module__}.{cls.__qualname__}", {})
+    return vars(cls).get("activation_behind", known).get(norm)  # type: ignore[no-any-return]
 
 
 def only_normalizes(cls: type[nn.Module]) -> bool:
@@ -96,6 +112,12 @@ def is_sync_name(name: str) -> bool:
 def is_sync_class(cls: type[nn.Module]) -> bool:
     """Whether a layer of ``cls`` synchronizes in training, see `is_sync_name`."""
     return any(is_sync_name(name) for name in _names(cls))
+
+
+def is_quantized_class(cls: type[nn.Module]) -> bool:
+    """Whether ``cls`` is one of torch's layers of quantized models, or of those that train to be."""
+    parts = cls.__module__.split(".")
+    return parts[0] == "torch" and bool({"quantized", "qat"} & {*parts}) and cls.__name__ != "FloatFunctional"
 
 
 def wrapper_of(module: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..conversion.convert import plan
-from ..conversion.norms import Norm
+from ..conversion.norms.registry import Norm
 from ..distributed.groups import ProcessGroupLike
 from .hooks import forget, wait
 from .namespaces import Callback, LightningModule, Trainer

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..conversion.convert import convert
-from ..conversion.norms import Norm
+from ..conversion.norms.registry import Norm
 from .namespaces import LightningModule, Trainer
 
 

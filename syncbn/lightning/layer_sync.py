@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..conversion.convert import convert, revert
-from ..conversion.swap import original_of
+from ..conversion.original import original_of
 from ..distributed.groups import ProcessGroupLike
 from .namespaces import LayerSync
 

@@ -1,8 +1,12 @@
 """No normalization: ``y = x * weight + bias`` per channel, what is left of BatchNorm without its statistics."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops.layout import per_channel
 
 
 class ChannelAffine(nn.Module):
@@ -30,17 +34,22 @@ class ChannelAffine(nn.Module):
         """Scale and shift ``input``; see the class."""
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise ValueError(f"expected an input (N, {self.num_features}, *), got shape {tuple(input.shape)}.")
-        y = input
-        per_channel = (-1, *[1] * (input.dim() - 2))
-        if self.weight is not None:
-            y = y * self.weight.view(per_channel)
-        if self.bias is not None:
-            y = y + self.bias.view(per_channel)
-        return y.to(input.dtype)
+        return scale_and_shift(input, self.weight, self.bias).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Show the channels."""
         return str(self.num_features)
+
+
+def scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Compute ``x * weight + bias`` per channel, with those that are there."""
+    y = x if weight is None else x * per_channel(weight, x)
+    return y if bias is None else y + per_channel(bias, y)
+
+
+def tensor_of(layer: _BatchNorm) -> Tensor:
+    """Return a tensor that shows the device and dtype of ``layer``, such as its weight."""
+    return next((t for t in chain(layer.parameters(), layer.buffers()) if t.is_floating_point()), torch.empty(0))
 
 
 class ChannelBias(ChannelAffine):
@@ -51,7 +60,6 @@ class ChannelBias(ChannelAffine):
 
     def __init__(self, layer: _BatchNorm) -> None:
         super().__init__(layer)
-        like = layer.running_mean if layer.weight is None else layer.weight
-        like = torch.empty(0) if like is None else like
+        like = tensor_of(layer)
         bias = torch.zeros(layer.num_features, device=like.device, dtype=like.dtype)
         self.weight, self.bias = None, nn.Parameter(bias) if self.bias is None else self.bias

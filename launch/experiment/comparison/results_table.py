@@ -10,7 +10,8 @@ from experiment.evaluate import MODES
 
 Row = Mapping[str, Any]
 Seeds = dict[Any, float]
-ARMS = ("bn", "syncbn_2", "syncbn_4", "syncbn_node", "syncbn", "gn", "ln", "in", "frozen", "none")  # then the user's
+# The order of the arms; then the user's.
+ARMS = ("bn", "syncbn_2", "syncbn_4", "syncbn_node", "syncbn", "gn", "ln", "in", "frozen", "none", "fixup")
 REFERENCE = "syncbn"
 FIRST = ("bn", REFERENCE, "gn")  # look the same in every report
 

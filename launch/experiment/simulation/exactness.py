@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiment.simulation.simulate import INSTEAD, SimulatedBatchNorm
+from experiment.simulation.joint import INSTEAD, JointLayer
+from experiment.simulation.simulate import SimulatedBatchNorm
 from experiment.training.sharding import BatchPlan
 from experiment.training.task import Task
 
 Batch = tuple[Tensor, Tensor]
 Inputs = dict[str, list[Tensor]]
+Simulated = SimulatedBatchNorm | JointLayer
 TOLERANCE = 1e-8  # relative, between float64 computations of the same numbers: rounding is below 1e-12
 
 
@@ -33,7 +35,7 @@ def check_exact(task: Task, batch: Batch, plan: BatchPlan) -> None:
         ValueError: what differs, and what to do instead.
     """
     twin = copy.deepcopy(task).double().train()
-    layers = {name: layer for name, layer in twin.named_modules() if isinstance(layer, SimulatedBatchNorm)}
+    layers = {name: layer for name, layer in twin.named_modules() if isinstance(layer, Simulated)}
     for layer in layers.values():
         layer.eval()
     images, labels = batch[0].double(), batch[1]
@@ -61,7 +63,7 @@ def check_exact(task: Task, batch: Batch, plan: BatchPlan) -> None:
             )
 
 
-def _run(task: Task, layers: dict[str, SimulatedBatchNorm], batch: Batch) -> tuple[Inputs, list[Tensor]]:
+def _run(task: Task, layers: dict[str, Simulated], batch: Batch) -> tuple[Inputs, list[Tensor]]:
     """Return the inputs of every call of the layers, by name, and the gradients of all parameters."""
     inputs: Inputs = {name: [] for name in layers}
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
+from experiment.simulation.joint import INSTEAD, JointLayer, is_joint, make_joint
 from experiment.training.sharding import BatchPlan
 from syncbn.distributed.subgroups import check_size
 from syncbn.nn.activated import SyncBatchNormAct
 
-INSTEAD = "use engine=torchrun (for launch/train.py: torchrun --nproc-per-node, without simulate)"
 _FORWARDS = {cls.forward for cls in (_BatchNorm, nn.SyncBatchNorm, syncbn.SyncBatchNorm, SyncBatchNormAct)}
 
 
@@ -103,22 +103,31 @@ def simulate(model: nn.Module, plan: BatchPlan, node_size: int | None = None) ->
         ValueError: a group that cannot be simulated, or does not divide the ranks.
     """
     for name, layer in list(model.named_modules()):
-        if _is_known(layer):  # check_exact finds out whether what is not known matters
-            if layer.running_mean is None:
-                raise ValueError(
-                    f"cannot simulate {name}: without running statistics it evaluates by the batch, whose size is "
-                    f"the rank's; {INSTEAD}"
-                )
-            size = _group_size(layer, plan.world_size, node_size or plan.world_size)
+        if not (_is_known(layer) or is_joint(layer)):  # check_exact finds out whether what is not known matters
+            continue
+        if not layer.track_running_stats:
+            raise ValueError(
+                f"cannot simulate {name}: without running statistics it evaluates by the batch, whose size is "
+                f"the rank's; {INSTEAD}"
+            )
+        size = _group_size(layer, plan.world_size, node_size or plan.world_size)
+        if not is_joint(layer):
             new = SimulatedBatchNorm(layer, plan.world_size // size, plan.per_rank_batch_size * size)
             syncbn.convert(layer, partial(_take, new))
+        elif size == plan.world_size:
+            make_joint(layer, plan.per_rank_batch_size * size)
+        else:
+            kind = type(layer).__name__
+            raise ValueError(f"cannot simulate {name}: a {kind} in groups of {size} of {plan.world_size}; {INSTEAD}")
     model.register_forward_pre_hook(_begin)
     model.register_forward_hook(_end)
 
 
 def _begin(model: nn.Module, args: tuple[Tensor]) -> None:
     for layer in model.modules():
-        if isinstance(layer, SimulatedBatchNorm):
+        if isinstance(layer, JointLayer):
+            layer.begin(len(args[0]), model.training)
+        elif isinstance(layer, SimulatedBatchNorm):
             layer.num_images = len(args[0])
             layer.calls.clear()  # of a forward that failed
 

@@ -11,24 +11,51 @@ from torch import Tensor, nn
 
 import syncbn
 from experiment.training.instantiate import instantiate
+from experiment.training.sharding import BatchPlan
 from syncbn.distributed.subgroups import check_size
 from syncbn.lightning import NormConverter
 
 
-def make_converter(norm: DictConfig | None) -> L.Callback | None:
+def make_converter(norm: DictConfig | None, num_forwards: int | None = None) -> L.Callback | None:
     """Make the callback that converts the model; None leaves it as written.
 
     `_target_` names a callback (`syncbn.lightning.NormConverter` in every file of conf/norm), or a norm of the user's
-    own: a class or function that makes a module from `num_features` and the file's other keys.
+    own: a class or function that makes a module from `num_features` and the file's other keys. Keys that end in
+    `_steps` may be fractions of `num_forwards`, see `count_forwards`.
+
+    Raises:
+        ValueError: fractions of a number that is not known.
     """
     if norm is None:
         return None
+    norm = _whole_steps(norm, num_forwards)
     target = get_object(norm["_target_"])
     if isinstance(target, type) and issubclass(target, L.Callback):
         callback: L.Callback = instantiate(norm)
         return callback
     kwargs: dict[str, Any] = {k: v for k, v in OmegaConf.to_object(norm).items() if k != "_target_"}  # type: ignore[union-attr,misc]
     return NormConverter(partial(target, **kwargs) if kwargs else target)
+
+
+def count_forwards(trainer: DictConfig, num_images: int, plan: BatchPlan) -> int | None:
+    """Count the training forwards of one rank in the run that is planned; None if it is not limited.
+
+    Accumulated batches are forwards of their own, also where ranks are simulated.
+    """
+    epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
+    limits = [steps] if steps is not None and steps >= 0 else []
+    if epochs is not None and epochs >= 0:
+        limits.append(epochs * (num_images // plan.global_batch_size))
+    return min(limits) * plan.accumulate if limits else None
+
+
+def _whole_steps(norm: DictConfig, num_forwards: int | None) -> DictConfig:
+    parts = {k: v for k, v in norm.items() if str(k).endswith("_steps") and isinstance(v, float) and 0 < v < 1}
+    if parts and num_forwards is None:
+        wanted = "whole numbers, or trainer.max_epochs or trainer.max_steps to take parts of"
+        raise ValueError(f"norm: expected {wanted}, got {parts}")
+    whole = {key: max(1, round(part * num_forwards)) for key, part in parts.items() if num_forwards is not None}
+    return OmegaConf.create({**norm, **whole})
 
 
 def apply(converter: L.Callback | None, model: nn.Module, world_size: int) -> None:

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import syncbn
+from experiment.training import shares
 from experiment.training.atomic_files import write_file
 from experiment.training.sharding import BatchPlan
 from experiment.training.task import Task
@@ -178,4 +179,4 @@ def print_table(results: dict[str, Any], folder: Path) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, Text(value), end_section=name == "output folder")
-    Console().print(table)
+    Console().print(*filter(None, [table, shares.table(results)]), sep="\n")

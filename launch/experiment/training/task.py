@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from experiment.training.schedule import scale_lr, warmup_cosine
 from syncbn.compat import copy_buffers_once
+from syncbn.nn import fixup
 
 
 class Task(L.LightningModule, ABC):
@@ -32,6 +33,7 @@ class Task(L.LightningModule, ABC):
         reference_batch_size: The batch `lr` was chosen for.
         weight_decay: On parameters with more than one dimension: no norm layer, bias or scale of a weight.
         warmup: Fraction of all steps.
+        scalar_lr: Factor of the learning rate for the scalars of FixUp, whose weights decay like those of layers.
         seed: Of augmentation and dropout; every epoch and rank has its own stream.
     """
 
@@ -50,12 +52,13 @@ class Task(L.LightningModule, ABC):
         reference_batch_size: int = 32,
         weight_decay: float = 1e-4,
         warmup: float = 0.1,
+        scalar_lr: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.net, self.seed, self.warmup = net, seed, warmup
         self.lr = scale_lr(lr, lr_rule, global_batch_size, reference_batch_size)
-        self.weight_decay = weight_decay
+        self.weight_decay, self.scalar_lr = weight_decay, scalar_lr
         self.num_steps = 0
         self.first_step: int | None = None
         self.train_loss = MeanMetric()
@@ -136,11 +139,15 @@ class Task(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimize the parameters as they are after conversion, with a rate that changes every step."""
-        named = list(self.named_parameters())
-        groups = [
+        scalars = fixup.scalars(self)
+        ids = {id(scalar) for scalar in scalars}
+        named = [(name, p) for name, p in self.named_parameters() if id(p) not in ids]
+        groups: list[dict[str, Any]] = [
             {"params": [p for name, p in named if _decays(name, p)], "weight_decay": self.weight_decay},
             {"params": [p for name, p in named if not _decays(name, p)], "weight_decay": 0.0},
         ]
+        if scalars:
+            groups.append({"params": scalars, "weight_decay": self.weight_decay, "lr": self.lr * self.scalar_lr})
         optimizer = self.make_optimizer(groups)
         num_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(

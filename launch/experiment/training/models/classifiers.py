@@ -2,11 +2,14 @@
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import syncbn
 
 
 class Block(nn.Module):
@@ -15,10 +18,13 @@ class Block(nn.Module):
     Where the shape changes, the shortcut is a 1x1 convolution with its own norm.
     """
 
+    activation_behind: ClassVar = {"norm1": "act1"}  # which norms that contain an activation take the place of
+
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
         self.shortcut: nn.Module = nn.Identity()
@@ -28,29 +34,48 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, in_channels, H, W)` to `(N, channels, H / stride, W / stride)`."""
-        y = F.relu(self.norm1(self.conv1(x)))
+        y = self.act1(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class ResNet8(nn.Sequential):
-    """Stack one convolution, three blocks of width, 2 width and 4 width, mean pooling and one linear layer.
+syncbn.register_block(Block, convs=("conv1", "conv2"), norms=("norm1", "norm2"), shortcut="shortcut")
 
-    At width 16 it has 9 norm layers and 78 k parameters (He et al. 2016, section 4.2, with n = 1 and
-    1x1 shortcuts).
+
+class CifarResNet(nn.Sequential):
+    """Stack one convolution, n blocks each of width, 2 width and 4 width, mean pooling and one linear layer.
+
+    He et al. 2016, section 4.2, with 1x1 shortcuts.
+
+    Args:
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+        width: Channels of the first blocks.
+        depth: 6 n + 2.
+
+    Raises:
+        ValueError: another depth.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 16, depth: int = 20) -> None:
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"expected model.depth to be 6 n + 2, as 8, 20, 32, 44 or 56, got {depth}")
+        channels = [width, *(width << stage for stage in range(3) for _ in range(depth // 6))]
         super().__init__(
             nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            Block(width, width, stride=1),
-            Block(width, 2 * width, stride=2),
-            Block(2 * width, 4 * width, stride=2),
+            *(Block(now, then, stride=1 if now == then else 2) for now, then in pairwise(channels)),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(4 * width, num_classes),
+            nn.Linear(channels[-1], num_classes),
         )
+
+
+class ResNet8(CifarResNet):
+    """Depth 8: at width 16 it has 9 norm layers and 78 k parameters."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
+        super().__init__(num_classes, in_channels, width, depth=8)
 
 
 def torchvision(arch: str, num_classes: int = 10, in_channels: int = 3, **kwargs: Any) -> nn.Module:

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..distributed.exchange import all_reduce, group_of
-from ..distributed.groups import GroupSpec
-from ..nn.affine import ChannelBias
-from ..ops.reference import forward_reduce, moments
+from ...distributed.exchange import all_reduce, group_of
+from ...distributed.groups import GroupSpec
+from ...nn.affine import ChannelBias
+from ...ops.reference import forward_reduce, moments
+from ..original import original_of
 from .parametrized import NormalizedWeight
-from .swap import original_of
 
 M = TypeVar("M", bound=nn.Module)
 _Pair = tuple[str, nn.Module]  # the name of a parametrized layer, and what its BatchNorm became

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
-from ..nn.standardized import WeightStandardization
-from .companions import Companion
+from ...nn.standardized import WeightStandardization
+from ..companions import Companion
 
 
 @dataclass
@@ -64,7 +63,8 @@ class StandardizedWeight(ParametrizedWeight):
 
     def parametrize(self) -> None:
         """See `WeightStandardization`."""
-        groups = self.module.groups if isinstance(self.module, _ConvTransposeNd) else None
+        layer: Any = self.module
+        groups = layer.groups if layer.transposed else None
         register_parametrization(self.module, "weight", WeightStandardization(groups), unsafe=True)
 
     def take_weight(self) -> nn.Parameter:
@@ -95,7 +95,7 @@ class NormalizedWeight(ParametrizedWeight):
 
 def output_dim(layer: nn.Module) -> int:
     """Return the dimension of a weight that counts output channels; of a transposed one those of each group."""
-    return 1 if isinstance(layer, _ConvTransposeNd) else 0
+    return 1 if getattr(layer, "transposed", False) else 0
 
 
 def own_weight(layer: Any) -> nn.Parameter:

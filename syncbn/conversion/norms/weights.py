@@ -10,14 +10,15 @@ from math import prod
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import swap
-from .companions import PlanRow
+from .. import swap
+from ..companions import PlanRow
+from ..original import original_of
+from ..rules import Action, Decision, Target, is_family
 from .parametrized import NormalizedWeight, ParametrizedWeight, StandardizedWeight, output_dim, own_weight
-from .rules import Action, Decision, Target, is_family
 
 _Layer = Any  # a _ConvNd or nn.Linear
 _Pairs = dict[nn.Module, tuple[str, _Layer]]
@@ -65,7 +66,7 @@ def add_weight_norm(root: nn.Module, decisions: list[tuple[nn.Module, Decision]]
 
     def problem(layer: _Layer) -> str | None:
         weight = own_weight(layer)
-        if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
+        if isinstance(layer, _ConvNd) and layer.transposed and layer.groups > 1:
             return f"is transposed with groups={layer.groups}, which share the dimension of the output channels"
         if uses[id(weight)] > 1:
             return "shares its weight with another layer"
@@ -93,7 +94,7 @@ def _add(
         if decision.action is not Action.REPLACE or norm not in pairs:
             continue
         name, layer = pairs[norm]
-        original = swap.original_of(norm)
+        original = original_of(norm)
         ours = () if original is None else [companion.module for companion in original.companions]
         found = _why_not(layer, layer in ours) or problem(layer)
         if found is not None:

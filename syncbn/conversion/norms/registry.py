@@ -14,9 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..nn.affine import ChannelAffine, ChannelBias
-from ..nn.frozen import FrozenStatistics
-from ..nn.mean_only import MeanOnlyBatchNorm
+from ...nn.affine import ChannelAffine, ChannelBias
+from ...nn.evonorm_b0 import EvoNormB0
+from ...nn.evonorm_s0 import EvoNormS0
+from ...nn.fixup import NoNorm
+from ...nn.frn import FilterResponseNorm
+from ...nn.frozen import FrozenStatistics
+from ...nn.mean_only import MeanOnlyBatchNorm
+from .synchronized import batch_renorm, switchable_norm
 
 Norm = str | Callable[..., nn.Module]
 
@@ -100,7 +105,13 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "ln": layernorm,
     "in": instancenorm,
     "frozen": FrozenStatistics,
+    "frn": FilterResponseNorm,
+    "evonorm_s0": EvoNormS0,
+    "evonorm_b0": EvoNormB0,
     "none": ChannelAffine,
+    "brn": batch_renorm,
+    "sn": switchable_norm,
+    "fixup": NoNorm,
 }
 
 

@@ -1,0 +1,62 @@
+"""Norms of other formulas that synchronize like SyncBatchNorm, made from a BatchNorm layer."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...nn.batchnorm import SyncBatchNorm
+from ...nn.renorm import NO_WARMUP, BatchRenorm
+from ...nn.switchable import SwitchableNorm
+
+if TYPE_CHECKING:
+    from ..rules import Decision, Target
+
+
+def batch_renorm(
+    layer: _BatchNorm,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    warmup_steps: int = 5_000,
+    r_ramp_steps: int = 35_000,
+    d_ramp_steps: int = 20_000,
+    momentum: float | None = None,
+    process_group: Any = None,
+) -> BatchRenorm:
+    """Make a BatchRenorm; a ``momentum`` of None is the layer's own."""
+    words: dict[str, Any] = {"warmup_steps": warmup_steps, "r_ramp_steps": r_ramp_steps, "d_ramp_steps": d_ramp_steps}
+    momentum = layer.momentum if momentum is None else momentum
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once for a model: see `warn_of_no_warmup`
+        return BatchRenorm(**_like(layer, process_group, momentum), r_max=r_max, d_max=d_max, **words)
+
+
+def switchable_norm(layer: _BatchNorm, process_group: Any = None) -> SwitchableNorm:
+    """Make a SwitchableNorm."""
+    return SwitchableNorm(**_like(layer, process_group, layer.momentum))
+
+
+def warn_of_no_warmup(root: nn.Module, decisions: "list[tuple[nn.Module, Decision]]", target: "Target") -> None:
+    """Warn once of layers that become a BatchRenorm without a warm-up."""
+    made = [decision.new for _, decision in decisions]
+    if any(isinstance(new, BatchRenorm) and new.warmup_steps == 0 for new in made):
+        warnings.warn(NO_WARMUP, stacklevel=4)  # at the caller of plan or convert
+
+
+def _like(layer: _BatchNorm, process_group: Any, momentum: float | None) -> dict[str, Any]:
+    """Return the constructor's arguments of a layer like ``layer``, in its process group if none is given."""
+    if process_group is None:
+        process_group = layer.group_spec if isinstance(layer, SyncBatchNorm) else getattr(layer, "process_group", None)
+    like = next((t for t in (layer.weight, layer.running_mean) if t is not None), None)
+    return {
+        "num_features": layer.num_features,
+        "eps": layer.eps,
+        "momentum": momentum,
+        "affine": layer.affine,
+        "bias": layer._parameters.get("bias") is not None,
+        "track_running_stats": layer.running_mean is not None,
+        "process_group": process_group,
+        "device": None if like is None else like.device,
+        "dtype": None if like is None else like.dtype,
+    }
