@@ -40,11 +40,11 @@ class ParametrizedWeight(Companion):
     def undo(self) -> None:
         """Make the weight a parameter again; not by torch's way, which empties the class that copies share."""
         layer = self.module
+        for key in self.hooks:
+            layer._load_state_dict_pre_hooks.pop(key, None)
         if not is_parametrized(layer, "weight"):
             return  # the user has removed it
         now = {**layer._parameters, "weight": self.take_weight()}
-        for key in self.hooks:
-            layer._load_state_dict_pre_hooks.pop(key, None)
         del layer._modules["parametrizations"]
         layer.__class__ = self.classes[0]
         layer.__dict__["_parameters"] = {name: now.pop(name) for name in self.order if name in now} | now
