@@ -140,7 +140,7 @@ def test_simulated_nodes():
         *((f"{axis}=bn", f"expected {axis} to be a list of at least one value, got 'bn'") for axis in AXES),
         ("arms=null", "expected arms to be a list"),
         ("evaluate=rank0", "expected evaluate to be a list"),
-        ("arms=[bn,batchnorm]", "unknown arm 'batchnorm': .* bn, frozen, gn, in, ln, none, syncbn, syncbn_2,"),
+        ("arms=[bn,batchnorm]", "unknown arm 'batchnorm': .* bn, .*frozen, gn, .*in, ln, .*none, .*syncbn, syncbn_2,"),
         ("arms=[null]", "unknown arm None"),
         ("per_rank_batch_sizes=[1,0]", r"per_rank_batch_sizes, at least 1, got \[0\]"),
         ("per_rank_batch_sizes=[1.5]", r"got \[1.5\]"),

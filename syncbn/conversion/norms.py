@@ -65,8 +65,8 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "ln": layernorm,
     "in": instancenorm,
     "frozen": FrozenStatistics,
-    "none": ChannelAffine,
     "fixup": NoNorm,
+    "none": ChannelAffine,
 }
 
 
