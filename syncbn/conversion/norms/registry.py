@@ -99,19 +99,19 @@ def weightnorm(layer: _BatchNorm, mean_only: bool = False, process_group: Any = 
 
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
+    "brn": batch_renorm,
+    "sn": switchable_norm,
     "gn": groupnorm,
     "gn_ws": groupnorm,
-    "wn": weightnorm,
     "ln": layernorm,
     "in": instancenorm,
-    "frozen": FrozenStatistics,
+    "wn": weightnorm,
+    "fixup": NoNorm,
     "frn": FilterResponseNorm,
     "evonorm_s0": EvoNormS0,
     "evonorm_b0": EvoNormB0,
+    "frozen": FrozenStatistics,
     "none": ChannelAffine,
-    "brn": batch_renorm,
-    "sn": switchable_norm,
-    "fixup": NoNorm,
 }
 
 
