@@ -414,7 +414,7 @@ def test_wrapped_models_with_nothing_left_to_convert_are_fine():
 @pytest.mark.parametrize(
     ("norm", "options", "message"),
     [
-        ("batch", {}, "unknown norm 'batch': expected one of bn, syncbn, gn"),
+        ("batch", {}, "unknown norm 'batch': expected one of bn, syncbn, brn"),
         ("gn", {"num_groups": 3}, r"(?s)1: num_groups=3 does not divide its 4 channels; choose one of \[1, 2, 4\]"),
         ("gn", {"groups": 2}, "'gn' takes num_groups, channels_per_group, not groups"),
         ("syncbn", {"num_groups": 2}, "'syncbn' takes no keyword arguments, not num_groups"),
