@@ -52,6 +52,13 @@ def tensor_of(layer: _BatchNorm) -> Tensor:
     return next((t for t in chain(layer.parameters(), layer.buffers()) if t.is_floating_point()), torch.empty(0))
 
 
+def check_divisor(channels: int, number: int, option: str) -> None:
+    """Raise a ValueError if ``number``, of groups or of channels in one, does not divide the channels."""
+    if number < 1 or channels % number:
+        choices = [n for n in range(1, channels + 1) if channels % n == 0]
+        raise ValueError(f"{option}={number} does not divide its {channels} channels; choose one of {choices}")
+
+
 class ChannelBias(ChannelAffine):
     """Shift each channel: ``y = x + bias``, what is left of BatchNorm where a normalized weight has the scale.
 

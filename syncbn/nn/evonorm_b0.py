@@ -38,7 +38,7 @@ class EvoNormB0(SyncBatchNorm):
     Args:
         layer: The BatchNorm whose channels, weight, bias and momentum it takes.
         eps: Added to the variances.
-        process_group: As in SyncBatchNorm; None for that of ``layer``.
+        process_group: As in SyncBatchNorm.
 
     Raises:
         ValueError: In forward for a mask, and as SyncBatchNorm for an input that does not fit, and on all ranks for
@@ -54,10 +54,6 @@ class EvoNormB0(SyncBatchNorm):
         like = tensor_of(layer)
         tracks = layer.track_running_stats
         super().__init__(layer.num_features, eps, layer.momentum, False, tracks, None, like.device, like.dtype)
-        if process_group is None:
-            process_group = (
-                layer.group_spec if isinstance(layer, SyncBatchNorm) else getattr(layer, "process_group", None)
-            )
         self.process_group = process_group
         self.affine = layer.affine
         for name in ("weight", "bias"):

@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.checks import check_input
 from ..ops.layout import SUM_DTYPE, per_channel
-from .affine import ChannelAffine, tensor_of
+from .affine import ChannelAffine, check_divisor, tensor_of
 
 
 class EvoNormS0(ChannelAffine):
@@ -35,14 +35,9 @@ class EvoNormS0(ChannelAffine):
 
     def __init__(self, layer: _BatchNorm, num_groups: int = 32, eps: float = 1e-5) -> None:
         super().__init__(layer)
-        channels = self.num_features
-        if num_groups < 1 or channels % num_groups:
-            choices = [n for n in range(1, channels + 1) if channels % n == 0]
-            raise ValueError(
-                f"num_groups={num_groups} does not divide its {channels} channels; choose one of {choices}"
-            )
+        check_divisor(self.num_features, num_groups, "num_groups")
         self.num_groups, self.eps = num_groups, eps
-        self.v = nn.Parameter(tensor_of(layer).new_ones(channels))
+        self.v = nn.Parameter(tensor_of(layer).new_ones(self.num_features))
 
     def remove_activation(self) -> None:
         """Take ``v`` away, for a place without an activation to replace."""

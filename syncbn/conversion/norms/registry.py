@@ -10,92 +10,18 @@ from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from ...nn.affine import ChannelAffine, ChannelBias
-from ...nn.evonorm_b0 import EvoNormB0
+from ...nn.affine import ChannelAffine
 from ...nn.evonorm_s0 import EvoNormS0
 from ...nn.fixup import NoNorm
 from ...nn.frn import FilterResponseNorm
 from ...nn.frozen import FrozenStatistics
-from ...nn.mean_only import MeanOnlyBatchNorm
-from .synchronized import batch_renorm, switchable_norm
+from .groups import groupnorm, instancenorm, layernorm
+from .synchronized import batch_renorm, evonorm_b0, switchable_norm, weightnorm
 
 Norm = str | Callable[..., nn.Module]
-
-
-def groupnorm(layer: _BatchNorm, num_groups: int | None = None, channels_per_group: int | None = None) -> nn.Module:
-    """Make a GroupNorm: ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per sample and group of channels.
-
-    No batch enters, so there is nothing to synchronize. Same channels, eps, affine, device and dtype as ``layer``.
-    Wu & He 2018, section 3.
-
-    Args:
-        layer: The BatchNorm.
-        num_groups: Groups of channels; 32 if neither is given.
-        channels_per_group: Channels of one group instead, which keeps its size where layers differ in width.
-
-    Raises:
-        ValueError: If both are given, or the one given does not divide the number of channels.
-    """
-    channels = layer.num_features
-    if num_groups is not None and channels_per_group is not None:
-        both = f"num_groups={num_groups} and channels_per_group={channels_per_group}"
-        raise ValueError(f"expected one of num_groups and channels_per_group, got {both}; leave one out, or None")
-    divisor, option = (
-        (num_groups, "num_groups") if channels_per_group is None else (channels_per_group, "channels_per_group")
-    )
-    divisor = 32 if divisor is None else divisor
-    if divisor < 1 or channels % divisor:
-        choices = [n for n in range(1, channels + 1) if channels % n == 0]
-        raise ValueError(f"{option}={divisor} does not divide its {channels} channels; choose one of {choices}")
-    num_groups = divisor if channels_per_group is None else channels // divisor
-    if not layer.affine:
-        return nn.GroupNorm(num_groups, channels, layer.eps, affine=False)
-    device, dtype = layer.weight.device, layer.weight.dtype
-    norm = nn.GroupNorm(num_groups, channels, layer.eps, True, device, dtype)
-    if layer._parameters["bias"] is None:  # torch has a keyword for it from 2.13 on
-        norm.register_parameter("bias", None)
-    return norm
-
-
-def layernorm(layer: _BatchNorm) -> nn.Module:
-    """Make the GroupNorm of one group: over channels and positions of one sample.
-
-    Weight and bias stay per channel. Ba et al. 2016; Wu & He 2018, section 3.1.
-    """
-    return groupnorm(layer, num_groups=1)
-
-
-def instancenorm(layer: _BatchNorm) -> nn.Module:
-    """Make the GroupNorm of one channel per group: over the positions of one channel.
-
-    A map of a single value is its own mean, so it gives the bias; torch refuses that for a batch of one. Ulyanov et
-    al. 2016.
-    """
-    return groupnorm(layer, num_groups=layer.num_features)
-
-
-def weightnorm(layer: _BatchNorm, mean_only: bool = False, process_group: Any = None) -> nn.Module:
-    """Make what is left of a BatchNorm when the weight of the layer before it has the scale: a bias per channel.
-
-    Args:
-        layer: The BatchNorm.
-        mean_only: Whether to subtract the mean of the batch too, see `MeanOnlyBatchNorm`.
-        process_group: Ranks that share the mean.
-
-    Raises:
-        ValueError: If ``process_group`` is given and nothing is to be shared.
-    """
-    if mean_only:
-        if process_group is None:
-            process_group = getattr(layer, "group_spec", getattr(layer, "process_group", None))
-        return MeanOnlyBatchNorm(layer, process_group)
-    if process_group is not None:
-        raise ValueError("process_group belongs to mean_only=True: without it nothing is exchanged")
-    return ChannelBias(layer)
 
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
@@ -109,7 +35,7 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "fixup": NoNorm,
     "frn": FilterResponseNorm,
     "evonorm_s0": EvoNormS0,
-    "evonorm_b0": EvoNormB0,
+    "evonorm_b0": evonorm_b0,
     "frozen": FrozenStatistics,
     "none": ChannelAffine,
 }

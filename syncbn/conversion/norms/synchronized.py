@@ -1,4 +1,4 @@
-"""Norms of other formulas that synchronize like SyncBatchNorm, made from a BatchNorm layer."""
+"""Norms with a process group, made from a BatchNorm layer."""
 
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...nn.batchnorm import SyncBatchNorm
+from ...nn.affine import ChannelBias
+from ...nn.evonorm_b0 import EvoNormB0
+from ...nn.mean_only import MeanOnlyBatchNorm
 from ...nn.renorm import NO_WARMUP, BatchRenorm
 from ...nn.switchable import SwitchableNorm
 
@@ -37,6 +39,29 @@ def switchable_norm(layer: _BatchNorm, process_group: Any = None) -> SwitchableN
     return SwitchableNorm(**_like(layer, process_group, layer.momentum))
 
 
+def evonorm_b0(layer: _BatchNorm, eps: float = 1e-3, process_group: Any = None) -> EvoNormB0:
+    """Make an EvoNormB0."""
+    return EvoNormB0(layer, eps, _group_of(layer, process_group))
+
+
+def weightnorm(layer: _BatchNorm, mean_only: bool = False, process_group: Any = None) -> nn.Module:
+    """Make what is left of a BatchNorm when the weight of the layer before it has the scale: a bias per channel.
+
+    Args:
+        layer: The BatchNorm.
+        mean_only: Whether to subtract the mean of the batch too, see `MeanOnlyBatchNorm`.
+        process_group: Ranks that share the mean.
+
+    Raises:
+        ValueError: If ``process_group`` is given and nothing is to be shared.
+    """
+    if mean_only:
+        return MeanOnlyBatchNorm(layer, _group_of(layer, process_group))
+    if process_group is not None:
+        raise ValueError("process_group belongs to mean_only=True: without it nothing is exchanged")
+    return ChannelBias(layer)
+
+
 def warn_of_no_warmup(root: nn.Module, decisions: "list[tuple[nn.Module, Decision]]", target: "Target") -> None:
     """Warn once of layers that become a BatchRenorm without a warm-up."""
     made = [decision.new for _, decision in decisions]
@@ -44,10 +69,13 @@ def warn_of_no_warmup(root: nn.Module, decisions: "list[tuple[nn.Module, Decisio
         warnings.warn(NO_WARMUP, stacklevel=4)  # at the caller of plan or convert
 
 
+def _group_of(layer: _BatchNorm, given: Any) -> Any:
+    """Return the process group that is given, or else that of ``layer``."""
+    return getattr(layer, "group_spec", getattr(layer, "process_group", None)) if given is None else given
+
+
 def _like(layer: _BatchNorm, process_group: Any, momentum: float | None) -> dict[str, Any]:
     """Return the constructor's arguments of a layer like ``layer``, in its process group if none is given."""
-    if process_group is None:
-        process_group = layer.group_spec if isinstance(layer, SyncBatchNorm) else getattr(layer, "process_group", None)
     like = next((t for t in (layer.weight, layer.running_mean) if t is not None), None)
     return {
         "num_features": layer.num_features,
@@ -56,7 +84,7 @@ def _like(layer: _BatchNorm, process_group: Any, momentum: float | None) -> dict
         "affine": layer.affine,
         "bias": layer._parameters.get("bias") is not None,
         "track_running_stats": layer.running_mean is not None,
-        "process_group": process_group,
+        "process_group": _group_of(layer, process_group),
         "device": None if like is None else like.device,
         "dtype": None if like is None else like.dtype,
     }
