@@ -418,7 +418,7 @@ def test_wrapped_models_with_nothing_left_to_convert_are_fine():
         ("gn", {"num_groups": 3}, r"(?s)1: num_groups=3 does not divide its 4 channels; choose one of \[1, 2, 4\]"),
         ("gn", {"groups": 2}, "'gn' takes num_groups, not groups"),
         ("syncbn", {"num_groups": 2}, "'syncbn' takes no keyword arguments, not num_groups"),
-        ("gn", {"num_groups": 2, "process_group": 2}, "process_group belongs to norm 'syncbn'"),
+        ("gn", {"num_groups": 2, "process_group": 2}, "process_group belongs to norms that synchronize"),
         ("syncbn", {"process_group": "host"}, "process_group: expected None"),
     ],
 )

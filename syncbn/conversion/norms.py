@@ -65,9 +65,9 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "ln": layernorm,
     "in": instancenorm,
     "frozen": FrozenStatistics,
-    "none": ChannelAffine,
     "brn": batch_renorm,
     "sn": switchable_norm,
+    "none": ChannelAffine,
 }
 
 
