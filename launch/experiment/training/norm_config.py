@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from hydra.utils import get_object
@@ -51,11 +51,13 @@ def count_forwards(trainer: DictConfig, num_images: int, plan: BatchPlan) -> int
 
 def _whole_steps(norm: DictConfig, num_forwards: int | None) -> DictConfig:
     parts = {k: v for k, v in norm.items() if str(k).endswith("_steps") and isinstance(v, float) and 0 < v < 1}
-    if parts and num_forwards is None:
+    if not parts:
+        return norm
+    if num_forwards is None:
         wanted = "whole numbers, or trainer.max_epochs or trainer.max_steps to take parts of"
         raise ValueError(f"norm: expected {wanted}, got {parts}")
-    whole = {key: max(1, round(part * num_forwards)) for key, part in parts.items() if num_forwards is not None}
-    return OmegaConf.create({**norm, **whole})
+    whole = {key: max(1, round(part * num_forwards)) for key, part in parts.items()}
+    return cast(DictConfig, OmegaConf.merge(norm, whole))
 
 
 def apply(converter: L.Callback | None, model: nn.Module, world_size: int) -> None:
