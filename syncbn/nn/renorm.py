@@ -82,9 +82,7 @@ class BatchRenorm(SyncBatchNorm):
         for name, steps in zip(_WORDS[2:], (warmup_steps, r_ramp_steps, d_ramp_steps), strict=True):
             _check(name, steps, 0, kind=int)
         if not track_running_stats:
-            raise ValueError(
-                "BatchRenorm needs moving statistics, got track_running_stats=False; exclude such a layer"
-            )
+            raise ValueError("BatchRenorm needs moving statistics, got track_running_stats=False; exclude the layer")
         if warmup_steps == 0:
             warnings.warn(NO_WARMUP, stacklevel=2)
         super().__init__(num_features, eps, momentum, affine, True, process_group, device, dtype, bias=bias)
