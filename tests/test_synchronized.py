@@ -129,7 +129,7 @@ def test_words_out_of_range_are_refused_before_anything_is_touched(word, value, 
 
 def test_other_errors():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
-    with pytest.raises(ValueError, match=r"1: BatchRenorm needs moving statistics.*; exclude such a layer"):
+    with pytest.raises(ValueError, match=r"1: BatchRenorm needs moving statistics.*; exclude the layer"):
         syncbn.convert(model, "brn")
     assert type(model[0]) is nn.BatchNorm1d
     syncbn.convert(model, "sn")
