@@ -459,7 +459,9 @@ def run_on_triton(rank, world_size, cases):
 OPTIONS = [{"affine": False}, {"momentum": None}, {"track_running_stats": False}, {}]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float64, torch.bfloat16))]
+)
 def test_the_layer_on_ranks(run, dtype):
     """Uneven and empty ranks, two steps, against nn.BatchNorm in float64 on one process."""
     shapes = [(3, 4, 5, 5), (0, 4, 5, 5), (1, 4, 5, 5)]
