@@ -6,8 +6,11 @@ from datetime import datetime
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
+from torch import nn
 
-from experiment.training import report
+import syncbn
+from experiment.training import report, shares
 
 NOW = datetime(2030, 1, 2, 3, 4, 5)
 
@@ -59,3 +62,16 @@ def test_the_table_shows_the_results(tmp_path, capsys):
     shown = capsys.readouterr().out
     for text in ("syncbn", "0.9500", "0.1500", "0.0100", "1234", "16", "32"):
         assert text in shown
+
+
+def test_shares_of_switchable_norms():
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), syncbn.SwitchableNorm(4))
+    results = shares.summarize(model)
+    assert results["shares"]["1"]["var"] == pytest.approx({"IN": 1 / 3, "LN": 1 / 3, "BN": 1 / 3})
+    results["shares"]["flat"] = {"mean": {"LN": 0.25, "BN": 0.75}, "var": {"LN": 0.5, "BN": 0.5}}
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(shares.table(results))
+    assert shown.get().splitlines()[-2].replace("│", " ").split() == ["flat", "0.25", "0.75", "0.50", "0.50"]
+    assert shares.summarize(nn.ReLU()) == {}
+    assert shares.table({}) is None

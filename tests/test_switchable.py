@@ -265,23 +265,6 @@ def test_shares_per_layer():
     }
 
 
-def test_shares_in_the_results_of_a_run():
-    from rich.console import Console
-
-    from experiment.training import shares
-
-    model = nn.Sequential(nn.Conv1d(2, C, 1), one_hot("BN"))
-    results = shares.summarize(model)
-    assert results["shares"]["1"]["var"] == {"IN": 0, "LN": 0, "BN": 1}
-    results["shares"]["flat"] = {"mean": {"LN": 0.25, "BN": 0.75}, "var": {"LN": 0.5, "BN": 0.5}}
-    console = Console(width=100)
-    with console.capture() as shown:
-        console.print(shares.table(results))
-    assert shown.get().splitlines()[-2].replace("│", " ").split() == ["flat", "0.25", "0.75", "0.50", "0.50"]
-    assert shares.summarize(nn.ReLU()) == {}
-    assert shares.table({}) is None
-
-
 def test_no_mask_and_no_weight_decay():
     layer = make()
     with pytest.raises(ValueError, match="SwitchableNorm takes no mask"):
