@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
-from ...nn.standardized import WeightStandardization
+from ...nn.weights import WeightNormalization, WeightStandardization
 from ..companions import Companion
 
 
@@ -77,10 +77,14 @@ class NormalizedWeight(ParametrizedWeight):
     """A layer with weight normalization: ``weight = g * v / |v|``, where v is the object that the weight was."""
 
     def parametrize(self) -> None:
-        """Call torch's weight_norm per output channel."""
-        weight = self.module._parameters["weight"]
-        weight_norm(self.module, dim=output_dim(self.module))
-        self.module.parametrizations.weight._parameters["original1"] = weight  # type: ignore[union-attr]
+        """Call torch's weight_norm per output channel, which loads old checkpoints too; with an operator of ours."""
+        layer: Any = self.module
+        weight, dim = layer._parameters["weight"], output_dim(layer)
+        weight_norm(layer, dim=dim)
+        layer.parametrizations.weight[0] = norm = WeightNormalization(dim)
+        layer.parametrizations.weight._parameters["original1"] = weight
+        with torch.no_grad():
+            layer.parametrizations.weight.original0.copy_(norm.right_inverse(weight)[0])
 
     def take_weight(self) -> nn.Parameter:
         """Write the weight as it is now into its object; what was not trained is the same bit for bit."""

@@ -1,4 +1,4 @@
-"""Weight standardization: the weight of a convolution with mean 0 and variance 1 per output channel."""
+"""Standardized and normalized weights, as parametrizations of ``torch.nn.utils.parametrize``."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from ..ops.layout import SUM_DTYPE
 
 
 class WeightStandardization(nn.Module):
-    """Standardize the weight of a convolution, as a parametrization of ``torch.nn.utils.parametrize``.
+    """Standardize the weight of a convolution: mean 0 and variance 1 per output channel.
 
     ``W' = (W - mean) / sqrt(var + eps)`` with mean and biased variance of each output channel, over its input channels
     and the positions of the kernel: what timm's ``StdConv2d`` computes. Half types are computed in float32. Autograd
@@ -40,3 +40,38 @@ class WeightStandardization(nn.Module):
         """Show the constructor's arguments that matter."""
         groups = "" if self.transposed_groups is None else f"transposed_groups={self.transposed_groups}, "
         return f"{groups}eps={self.eps}"
+
+
+class WeightNormalization(nn.Module):
+    """Normalize a weight: ``weight = g * v / |v|``, with the norm over all dimensions but ``dim``.
+
+    What ``torch.nn.utils.parametrizations.weight_norm`` computes, in operators that autograd differentiates to any
+    order: the second derivatives of torch's own operator by v are wrong in 2.14. Half types are computed in float32.
+    Collectives: none. Salimans & Kingma 2016, arXiv 1602.07868, section 2.
+
+    Args:
+        dim: That of the output channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """Compute the weight."""
+        wide = v.to(SUM_DTYPE.get(v.dtype, v.dtype))
+        return (wide * (g.to(wide.dtype) / self._norm(wide))).to(v.dtype)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute ``g = |weight|``, and v, which is the weight."""
+        wide = weight.to(SUM_DTYPE.get(weight.dtype, weight.dtype))
+        return self._norm(wide).to(weight.dtype), weight
+
+    def _norm(self, v: Tensor) -> Tensor:
+        over = [dim for dim in range(v.dim()) if dim != self.dim]
+        norm: Tensor = torch.linalg.vector_norm(v, dim=over, keepdim=True)
+        return norm
+
+    def extra_repr(self) -> str:
+        """Show the dimension."""
+        return f"dim={self.dim}"
