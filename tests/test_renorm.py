@@ -26,7 +26,7 @@ SPLITS = {
 
 def make(**options):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "batch renormalization with warmup_steps=0")
+        warnings.filterwarnings("ignore", "warmup_steps=0")
         layer = syncbn.BatchRenorm(C, **{"eps": EPS, "momentum": 0.3, "dtype": torch.float64, **WORDS, **options})
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -132,8 +132,8 @@ def test_limits_of_1_and_0_are_batchnorm(run):
     check(results, [(*step[:5], var) for step, var in zip(wanted, unbiased, strict=True)], 1e-12)
 
 
-def test_wide_limits_are_eval_mode_with_the_statistics_of_before():
-    layer = make(r_max=1e30, d_max=1e30, **FULL)
+def test_without_limits_it_is_eval_mode_with_the_statistics_of_before():
+    layer = make(r_max=float("inf"), d_max=float("inf"), **FULL)
     for x in [parts[0] for parts in draw(SPLITS["one"])[0]]:
         before = copy.deepcopy(layer).eval()(x)
         torch.testing.assert_close(layer(x), before, rtol=1e-12, atol=1e-12)
@@ -169,6 +169,19 @@ def test_the_limits_follow_the_clock():
     for step, wanted in ((5_000, (1, 0)), (25_000, (1 + 2 * 20 / 35, 5)), (40_000, (3, 5)), (10**6, (3, 5))):
         layer.num_batches_tracked.fill_(step)
         assert [t.item() for t in layer.limits()] == pytest.approx(wanted)
+
+
+def test_precise_statistics_are_those_of_batchnorm():
+    """Batches normalize by themselves meanwhile, whatever the statistics of before, and where the clock stands."""
+    xs = [torch.randn(6, C, 5, dtype=torch.float64) for _ in range(3)]
+    layer, plain = make(**FULL), nn.BatchNorm1d(C, EPS, dtype=torch.float64)
+    layer.num_batches_tracked.fill_(10**6)
+    plain.load_state_dict(layer.state_dict())
+    found = []
+    for first in (layer, plain):
+        model = nn.Sequential(first, nn.ReLU(), nn.BatchNorm1d(C, dtype=torch.float64))
+        found.append(syncbn.update_bn_stats(model, xs).state_dict())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 def empty_rank(rank, world_size):

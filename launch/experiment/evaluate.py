@@ -20,6 +20,7 @@ from experiment.simulation.simulate import SimulatedBatchNorm
 from experiment.training.data import ImageData
 from experiment.training.task import Task
 from syncbn.statistics.freeze import is_frozen
+from syncbn.statistics.precise import BEFORE_WARMUP
 
 MODES = ("rank0", "averaged", "precise", "batch")
 NUM_PRECISE = 2048  # training images for the precise statistics
@@ -108,6 +109,8 @@ class Statistics(L.Callback):
     def _batch(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         for layer in self.layers.values():
             layer.train()
+            if isinstance(layer, syncbn.BatchRenorm):
+                layer.num_batches_tracked.fill_(BEFORE_WARMUP)
 
     def _batches(self, trainer: L.Trainer) -> Iterator[Any]:
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Batch renormalization: BatchNorm that normalizes in training almost as in eval mode, by its moving statistics."""
 
-import sys
+import math
 import warnings
 from typing import Any
 
@@ -14,8 +14,7 @@ from ..plain.batch import Batch, join
 from .batchnorm import SyncBatchNorm
 
 NO_WARMUP = (
-    "batch renormalization with warmup_steps=0 corrects the first batches towards moving statistics of 0 and 1; give "
-    "warmup_steps, or load trained statistics before training."
+    "warmup_steps=0 corrects the first batches towards moving statistics of 0 and 1, unless those were trained."
 )
 
 
@@ -38,7 +37,7 @@ class BatchRenorm(SyncBatchNorm):
 
     Args:
         momentum: Part of the batch in the new moving statistics; small, as they take part in training.
-        r_max: 1 or more; d_max: 0 or more.
+        r_max: 1 or more, also inf; d_max: 0 or more.
         warmup_steps: Training forwards of plain BatchNorm; 0 warns. The defaults are the paper's, of about 130 000.
         r_ramp_steps: Training forwards in which the limit of r then rises, 0 for at once; d_ramp_steps: that of d.
 
@@ -106,7 +105,8 @@ class BatchRenorm(SyncBatchNorm):
         steps = self.num_batches_tracked.double() - self.warmup_steps
         ramps = self.r_ramp_steps, self.d_ramp_steps
         r_part, d_part = ((steps / ramp).clamp(0, 1) if ramp else (steps >= 0).double() for ramp in ramps)
-        return 1 + (self.r_max - 1) * r_part, self.d_max * d_part
+        r_max, d_max = 1 + (self.r_max - 1) * r_part, self.d_max * d_part
+        return torch.where(r_part > 0, r_max, 1), torch.where(d_part > 0, d_max, 0)  # inf * 0 is NaN
 
     def _correction(self, batch: Batch, mean: Tensor, std: Tensor) -> Tensor:
         """Compute r and d, ``(2, C)``, and move the statistics; in a recomputation, find those of its first pass."""
@@ -143,8 +143,8 @@ _NO_REPLAY = (
 )
 
 
-def _check(name: str, value: Any, least: float, most: float = sys.float_info.max, kind: Any = (int, float)) -> None:
+def _check(name: str, value: Any, least: float, most: float = math.inf, kind: Any = (int, float)) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
         limit = f"{least} or more" if most > 1 else f"from {least} to {most}"
-        what = "a whole number of training forwards" if kind is int else "a finite number"
+        what = "a whole number of training forwards" if kind is int else "a number"
         raise ValueError(f"{name}={value!r}: expected {what}, {limit}")

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.batchnorm import SyncBatchNorm
+from ..nn.renorm import BatchRenorm
 from ..ops.reference import forward_reduce, moments
 from ..plain.batch import local_sums
 from ..plain.mask import check_mask, weights_of
@@ -25,6 +26,7 @@ from .buffers import layers_with_statistics, statistics_of, sum_over_ranks, writ
 from .freeze import MODE_WHEN_UNFROZEN
 
 M = TypeVar("M", bound=nn.Module)
+BEFORE_WARMUP = -(2**53)  # on the clock of a BatchRenorm: for as long as one runs, it normalizes as BatchNorm
 
 
 def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, Any], Any] | None = None) -> M:
@@ -65,6 +67,9 @@ def update_bn_stats(model: M, batches: Iterable[Any], *, forward: Callable[[M, A
         if not model.training:
             model.train()
         layers = {name: layer for name, layer in found.items() if layer.training}
+        for layer in layers.values():
+            if isinstance(layer, BatchRenorm):
+                layer.num_batches_tracked.fill_(BEFORE_WARMUP)
         sums = {name: _zeros(layer) for name, layer in layers.items()}
         num_batches = _measure(model, layers, sums, batches, forward or run_first) if layers else 0
     if not layers:
