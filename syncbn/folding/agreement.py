@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .folded import fold_all, plain_copy
-from .pairs import copy_of_arguments, run, tensors
+from .readers import copy_of_arguments, run, tensors
 
 TOLERANCE = 1e-5  # of the range: rounding of float32 reaches 2e-6 in networks of 50 to 160 layers
 _IN_FLOAT64 = 1e-9  # there: what is more is no rounding

@@ -10,8 +10,8 @@ from ..compat import full_float32
 from .agreement import verify
 from .foldable import NO_LAYER, UNREACHED, Found, find
 from .folded import fold_all, plain_copy
-from .pairs import copy_of_arguments
 from .problems import by_reason, problems_of
+from .readers import copy_of_arguments
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,7 +77,7 @@ def fold(model: M, example: Any) -> M:
         remark = verify(model, found.pairs, found.output, args, dtype) if found.pairs else None
     if remark is not None:
         warnings.warn(remark, stacklevel=2)
-    result = plain_copy(model)
+    result = plain_copy(model, stays=found.stays)
     fold_all(result, found.pairs)
     for layer in result.modules():
         layer.__dict__.pop("_syncbn_original", None)

@@ -1,10 +1,8 @@
 """Find the norms that can be folded into the layer before them, from one forward pass; and why others cannot."""
 
-import copy
 from collections import Counter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
@@ -18,9 +16,8 @@ from ..nn.converted import can_become
 from ..nn.frozen import FrozenStatistics
 from ..nn.ghost import GhostBatchNorm
 from ..nn.renorm import BatchRenorm
-from .agreement import TOLERANCE, error_of
-from .folded import fold_pair
-from .pairs import LAYERS, Output, Readers, copy_of_arguments, run
+from .linear import is_linear, is_of_torch
+from .readers import LAYERS, Output, Readers, copy_of_arguments, run
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NO_LAYER = "its input is not the very output of a convolution or linear layer"
@@ -40,13 +37,13 @@ def find(model: nn.Module, args: tuple[Any, ...]) -> Found:
     readers, hooked = Readers(), {m for m in model.modules() if any(getattr(m, name, None) for name in _HOOKS)}
     norms = {name: module for name, module in model.named_modules() if _is_norm(module)}
     layers = [module for module in model.modules() if isinstance(module, LAYERS)]
-    inputs: dict[nn.Module, tuple[Any, ...]] = {}  # of layers of other classes than torch's
+    inputs: dict[nn.Module, tuple[Any, ...]] = {}  # of layers that may compute anything
 
     def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         inputs[layer] = copy_of_arguments(args)
 
     handles = [layer.register_forward_hook(readers.watch) for layer in layers]
-    handles += [m.register_forward_hook(keep) for m in layers if not type(m).__module__.startswith("torch.nn.")]
+    handles += [m.register_forward_hook(keep) for m in layers if not is_of_torch(m)]
     for norm in norms.values():
         handles.append(norm.register_forward_pre_hook(readers.enter, with_kwargs=True))
         handles.append(norm.register_forward_hook(readers.leave))
@@ -106,7 +103,7 @@ class _Judge:
         reason = self._of_module(layer, name)
         if reason is None and layer._parameters.get("weight") is None:
             return f"{name} has no weight of its own"
-        if reason is None and layer in self.inputs and not _is_linear(layer, norm, self.inputs[layer]):
+        if reason is None and layer in self.inputs and not is_linear(layer, norm, self.inputs[layer]):
             return f"{name} ({type(layer).__name__}) is not linear in its weight and bias"
         return reason
 
@@ -137,14 +134,3 @@ def _only_normalizes(norm: nn.Module) -> bool:
         return False
     is_known = cls in (FrozenStatistics, GhostBatchNorm, BatchRenorm) or sync_class_of(cls, is_frozen) in PLAIN
     return is_known or activates(cls)
-
-
-def _is_linear(layer: nn.Module, norm: nn.Module, args: tuple[Any, ...]) -> bool:
-    """Try on its own input whether a layer of an unknown class may be folded: its forward may be anything."""
-    pair = copy.deepcopy(nn.ModuleList([layer, norm]))
-    fold_pair(*pair)
-    try:
-        with torch.no_grad():
-            return error_of(pair[1](pair[0](*args)), norm(layer(*args))) <= TOLERANCE
-    except Exception:  # of a forward that wants keyword arguments, say
-        return False
