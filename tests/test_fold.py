@@ -1,6 +1,7 @@
 """Folding: the formulas in float64, what stays and why, what is refused, and a copy that is plain torch."""
 
 import copy
+import dataclasses
 import io
 import re
 from functools import partial
@@ -318,14 +319,18 @@ STAYS = {
     "forward twice": (Net(lambda n, x: n.norm(n.conv(x)) + n.conv.forward(x)), "conv is read elsewhere too"),
     "no statistics": (Net(plainly, norm=nn.BatchNorm2d(4, track_running_stats=False)), "no running statistics"),
     "another norm": (Net(plainly, norm=Doubled(4)), re.escape("call syncbn.register(Doubled)")),
-    "instance norm": (Net(plainly, norm=nn.InstanceNorm2d(4, track_running_stats=True)), "InstanceNorm2d may do more"),
+    "instance norm": (Net(plainly, norm=nn.InstanceNorm2d(4, track_running_stats=True)), "is an instance norm; only"),
+    "switchable norm": (Net(plainly, norm=syncbn.convert(nn.BatchNorm2d(4), "sn")), "SwitchableNorm is not folded"),
     "another convolution": (Net(plainly, Standardized(4, 4, 3)), "conv is read elsewhere too"),
     "activates inside": (Net(plainly, Activated(4, 4, 3, padding=1)), r"conv \(Activated\) is not linear"),
     "linear if small": (Net(plainly, Clamped(4, 4, 3, padding=1)), r"conv \(Clamped\) is not linear"),
     "linear if positive": (Net(lambda n, x: n.norm(n.conv(x * x)), Signed(4, 4, 3)), r"conv \(Signed\) is not linear"),
     "set on the instance": (clamps(), r"conv \(Conv2d\) is not linear"),
-    "told by a bool": (Net(lambda n, x: n.norm(y := n.conv(x)) * (1 + torch.allclose(y, -y))), "used elsewhere too"),
-    "compared": (Net(lambda n, x: n.norm(y := n.conv(x)) * (1 + torch.equal(y, -y))), "used elsewhere too"),
+    "told by a bool": (
+        Net(lambda n, x: n.norm(y := n.conv(x)) * torch.allclose(y, x.new_zeros(()), atol=99)),
+        "the output of conv is used elsewhere too",
+    ),
+    "compared": (Net(lambda n, x: n.norm(y := n.conv(x)) + torch.equal(y, x.new_zeros(()))), "used elsewhere too"),
     "contains": (Net(lambda n, x: n.norm(y := n.conv(x)) * (1 + (7.0 in y))), "used elsewhere too"),
     "printed": (Net(lambda n, x: n.norm(y := n.conv(x)) * len(str(y)[:2])), "used elsewhere too"),
     "weight compared": (
@@ -541,6 +546,32 @@ def test_what_torch_does_not_see_is_found_by_the_outputs():
         syncbn.fold(net, normal(2, 3, 5, 5))
 
 
+@dataclasses.dataclass(slots=True)
+class Boxes:
+    values: torch.Tensor
+
+
+class Unknown:
+    def __init__(self, values):
+        self.values = values
+
+
+def test_outputs_of_several_kinds():
+    x = normal(2, 3, 5, 5)
+    for wrap in (Boxes, torch.Tensor.to_sparse, lambda y: (y.detach().to_sparse(), "text")):
+        net = trained(Net(lambda n, x, wrap=wrap: wrap(n.norm(n.conv(x)))))
+        assert type(syncbn.fold(net, x).norm) is nn.Identity
+    with pytest.raises(ValueError, match=r"lists, tuples, dicts or dataclasses of tensors, got Unknown"):
+        syncbn.fold(trained(Net(lambda n, x: Unknown(n.norm(n.conv(x))))), x)
+    net = trained(Net(lambda n, x: n.norm(y := n.conv(x))[:, : 1 + int(abs(unseen(y) - n.usual) < 1e-6)]))
+    with torch.no_grad():
+        net.usual = unseen(net.conv(net.stem_norm(net.stem(x))))
+    with pytest.raises(
+        ValueError, match=r"other shapes: \(2, 1, 5, 5\), not \(2, 2, 5, 5\). Rounding may .* Or: Some"
+    ):
+        syncbn.fold(net, x)
+
+
 def test_a_model_that_magnifies_rounding_is_folded_with_a_warning():
     net = trained(Net(lambda n, x: (n.norm(n.conv(x)) * 1e4).sin()), torch.float32)
     with pytest.warns(
@@ -562,7 +593,7 @@ def compiled():
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), r"\(the model itself\): in training mode"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).train(), nn.Dropout()), "  1: in training mode"),
-        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).eval(), "no norm stands behind .*  0: its input is not"),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).eval(), "none of the norms can .*  0: its input is not"),
         (nn.Sequential(nn.LazyConv2d(4, 3)).eval(), "0: a lazy layer that does not know its shape yet; run one batch"),
         (nn.DataParallel(nn.Conv2d(3, 4, 3)).eval(), r"wrapped by DataParallel; fold what is inside, its module"),
         (nn.Sequential(torch.jit.script(nn.ReLU())).eval(), "0: scripted or traced"),
@@ -585,6 +616,8 @@ def test_bad_examples_and_nothing_to_fold():
             ValueError, match="expected example to be a tensor or a tuple of positional arguments, got"
         ):
             syncbn.fold(model, example)
+    with pytest.raises(ValueError, match="expected model to be"):
+        syncbn.fold("model", torch.randn(2, 3, 5, 5))
     with pytest.warns(UserWarning, match="found no layer with running statistics"):
         folded = syncbn.fold(model, torch.randn(2, 3, 5, 5))
     assert folded is not model

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..conversion.classes import sync_class_of
@@ -12,6 +13,7 @@ from ..conversion.frozen import eps_of
 from ..conversion.patches import patch_of
 from ..conversion.swap import PLAIN
 from ..conversion.third_party import activates, is_frozen_layer, keeps_statistics
+from ..nn.batchnorm import SyncBatchNorm
 from ..nn.converted import can_become
 from ..nn.frozen import FrozenStatistics
 from ..nn.ghost import GhostBatchNorm
@@ -20,8 +22,6 @@ from .linear import is_linear, is_of_torch
 from .readers import LAYERS, Output, Readers, copy_of_arguments, run
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-NO_LAYER = "its input is not the very output of a convolution or linear layer"
-UNREACHED = "the example did not reach it"
 
 
 class Found(NamedTuple):
@@ -77,16 +77,18 @@ class _Judge:
         return output
 
     def of_norm(self, norm: nn.Module) -> str | None:
-        cls, inputs = type(norm).__name__, self.readers.inputs.get(norm, [])
+        inputs = self.readers.inputs.get(norm, [])
         if not _only_normalizes(norm):
-            return f"{cls} may do more than normalize; if it does not, call syncbn.register({cls})"
+            return _why_not(type(norm))
         if norm._buffers.get("running_mean") is None:
             return "it has no running statistics (track_running_stats=False)"
         if not inputs:
-            return UNREACHED
+            return "the example did not reach it"
         if len(inputs) > 1:
             return f"it is called {len(inputs)} times"
-        return NO_LAYER if inputs[0] is None else self._of_module(norm, "it")
+        if inputs[0] is None:
+            return "its input is not the very output of a convolution or linear layer"
+        return self._of_module(norm, "it")
 
     def of_pair(self, norm: nn.Module) -> str | None:
         output = self.output_into(norm)
@@ -125,6 +127,16 @@ class _Judge:
 def _is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is of a kind that may be folded: a BatchNorm, or what keeps statistics as one does."""
     return isinstance(module, _BatchNorm | FrozenStatistics) or is_frozen_layer(module) or keeps_statistics(module)
+
+
+def _why_not(cls: type[nn.Module]) -> str:
+    """Say why norms of ``cls`` are not folded; `register` helps with classes that derive from torch's alone."""
+    name = cls.__name__
+    if issubclass(cls, _InstanceNorm):
+        return f"{name} is an instance norm; only batch norms are folded"
+    if issubclass(cls, _BatchNorm) and not issubclass(cls, SyncBatchNorm):
+        return f"{name} may do more than normalize; if it does not, call syncbn.register({name})"
+    return f"{name} is not folded, as it may do more than one multiply-add per channel"
 
 
 def _only_normalizes(norm: nn.Module) -> bool:
