@@ -575,7 +575,8 @@ def test_outputs_of_several_kinds():
 def test_a_model_that_magnifies_rounding_is_folded_with_a_warning():
     net = trained(Net(lambda n, x: (n.norm(n.conv(x)) * 1e4).sin()), torch.float32)
     with pytest.warns(
-        UserWarning, match=r"differ by .*e-0\d of their range, in float64 by .*e-1\d: the model magnifies"
+        UserWarning,
+        match=r"differ by .*e-0\d of their range, but in float64 they differ by .*e-1\d: the model magnifies",
     ):
         folded = syncbn.fold(net, normal(2, 3, 5, 5).float())
     assert type(folded.norm) is nn.Identity

@@ -36,10 +36,8 @@ def verify(model: nn.Module, pairs: dict[str, str], expected: Any, args: Any, dt
         return None
     exact = _deviation_in_float64(model, pairs, args)
     if exact <= _IN_FLOAT64:
-        return (
-            f"syncbn.fold: {text}, in float64 by {exact:.1e}: the model magnifies rounding, or it computes in a half "
-            "type (autocast)."
-        )
+        why = "the model magnifies rounding, or it computes in a half type (autocast)"
+        return f"syncbn.fold: {text}, but in float64 they differ by {exact:.1e}: {why}."
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if deviation(middle)[0] <= TOLERANCE else (good, middle)
