@@ -1,6 +1,7 @@
 """Folding: the formulas in float64, what stays and why, what is refused, and a copy that is plain torch."""
 
 import copy
+import dataclasses
 import io
 import re
 from functools import partial
@@ -249,6 +250,21 @@ class Activated(nn.Conv2d):
         return super().forward(x).relu()
 
 
+class Clamped(nn.Conv2d):
+    """Is linear where its output is small."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-1e3, 1e3)
+
+
+class Signed(nn.Conv2d):
+    """Is linear on positive inputs."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.mean() > 0 else 2 * y
+
+
 def computed():
     """A weight that is no parameter."""
     net = Net(plainly)
@@ -261,6 +277,12 @@ def computed():
 def patched():
     net = Net(plainly)
     net.conv.forward = lambda x: 2 * F.conv2d(x, net.conv.weight, padding=1)
+    return net
+
+
+def clamps():
+    net = Net(plainly)
+    net.conv._conv_forward = lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1).clamp(-1e3, 1e3)
     return net
 
 
@@ -297,9 +319,24 @@ STAYS = {
     "forward twice": (Net(lambda n, x: n.norm(n.conv(x)) + n.conv.forward(x)), "conv is read elsewhere too"),
     "no statistics": (Net(plainly, norm=nn.BatchNorm2d(4, track_running_stats=False)), "no running statistics"),
     "another norm": (Net(plainly, norm=Doubled(4)), re.escape("call syncbn.register(Doubled)")),
-    "instance norm": (Net(plainly, norm=nn.InstanceNorm2d(4, track_running_stats=True)), "InstanceNorm2d may do more"),
+    "instance norm": (Net(plainly, norm=nn.InstanceNorm2d(4, track_running_stats=True)), "is an instance norm; only"),
+    "switchable norm": (Net(plainly, norm=syncbn.convert(nn.BatchNorm2d(4), "sn")), "SwitchableNorm is not folded"),
     "another convolution": (Net(plainly, Standardized(4, 4, 3)), "conv is read elsewhere too"),
     "activates inside": (Net(plainly, Activated(4, 4, 3, padding=1)), r"conv \(Activated\) is not linear"),
+    "linear if small": (Net(plainly, Clamped(4, 4, 3, padding=1)), r"conv \(Clamped\) is not linear"),
+    "linear if positive": (Net(lambda n, x: n.norm(n.conv(x * x)), Signed(4, 4, 3)), r"conv \(Signed\) is not linear"),
+    "set on the instance": (clamps(), r"conv \(Conv2d\) is not linear"),
+    "told by a bool": (
+        Net(lambda n, x: n.norm(y := n.conv(x)) * torch.allclose(y, x.new_zeros(()), atol=99)),
+        "the output of conv is used elsewhere too",
+    ),
+    "compared": (Net(lambda n, x: n.norm(y := n.conv(x)) + torch.equal(y, x.new_zeros(()))), "used elsewhere too"),
+    "contains": (Net(lambda n, x: n.norm(y := n.conv(x)) * (1 + (7.0 in y))), "used elsewhere too"),
+    "printed": (Net(lambda n, x: n.norm(y := n.conv(x)) * len(str(y)[:2])), "used elsewhere too"),
+    "weight compared": (
+        Net(lambda n, x: n.norm(n.conv(x)) * (1 + torch.allclose(n.conv.weight, x.new_zeros(())))),
+        "conv is read elsewhere too",
+    ),
     "parametrized": (parametrized(parametrizations.weight_norm), "conv is parametrized: call remove_param"),
     "pruned": (parametrized(partial(prune.l1_unstructured, name="weight", amount=0.5)), "conv has hooks"),
     "computed": (computed(), "conv has no weight of its own"),
@@ -327,6 +364,7 @@ def test_what_stays_is_reported_with_the_reason(case):
     [
         Net(plainly, Padded(4, 4, 3)),
         Net(lambda n, x: n.norm(n.conv(x).contiguous())),
+        Net(lambda n, x: n.norm(y := n.conv(x)) + torch.zeros_like(y) + y.new_ones(y.shape)),
         Net(lambda n, x: n.norm(F.dropout(n.conv(x), training=n.training))),
         Net(lambda n, x: n.norm(input=n.conv(x))),
         Net(lambda n, x: n.norm(n.conv(x)).relu_().add_(x.mean())),
@@ -408,8 +446,16 @@ def test_in_inference_mode():
 def on_rank_0(rank, world_size):
     model, x = Net(plainly, norm=nn.SyncBatchNorm(4)), normal(2, 3, 5, 5)
     syncbn.convert(trained(model), process_group=2)
-    with torch.no_grad():
-        error = (syncbn.fold(model, x)(x) - model(x)).abs().max().item() if rank == 0 else 0.0
+    group = dist.new_group([0, 1])  # which cannot be copied; and a convolution whose class has to be tried
+    model.call = lambda net, x: net.last(net.padded(plainly(net, x)))
+    model.padded, model.last = Padded(4, 4, 3), nn.SyncBatchNorm(4, process_group=group)
+    trained(model)
+    error = 0.0
+    if rank == 0:
+        folded = syncbn.fold(model, x)
+        assert type(folded.last) is nn.Identity
+        with torch.no_grad():
+            error = (folded(x) - model(x)).abs().max().item()
     dist.barrier()
     return error
 
@@ -441,6 +487,18 @@ def test_the_copy_is_plain_torch_and_learns():
     (folded(x) * normal(2, 4, 4, 4, seed=1)).sum().backward()
     assert folded[0].weight.grad.abs().min() > 0
     assert folded[0].bias.grad.abs().min() > 0
+
+
+def test_a_frozen_norm_that_stays_is_frozen_in_the_copy():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)), normal(2, 3, 5, 5)
+    syncbn.convert(trained(model), "frozen")
+    with pytest.warns(UserWarning, match="folded 1 of 2 norms"):
+        folded = syncbn.fold(model.eval(), x).train()
+    assert type(folded[1]) is nn.Identity
+    before = copy.deepcopy(folded[3].state_dict())
+    equal(model, folded, x)
+    assert torch.equal(folded[3].running_mean, before["running_mean"])
+    assert torch.equal(folded[3].running_var, before["running_var"])
 
 
 def test_a_layer_converted_to_another_norm_is_kept_without_its_past():
@@ -488,10 +546,37 @@ def test_what_torch_does_not_see_is_found_by_the_outputs():
         syncbn.fold(net, normal(2, 3, 5, 5))
 
 
+@dataclasses.dataclass(slots=True)
+class Boxes:
+    values: torch.Tensor
+
+
+class Unknown:
+    def __init__(self, values):
+        self.values = values
+
+
+def test_outputs_of_several_kinds():
+    x = normal(2, 3, 5, 5)
+    for wrap in (Boxes, torch.Tensor.to_sparse, lambda y: (y.detach().to_sparse(), "text")):
+        net = trained(Net(lambda n, x, wrap=wrap: wrap(n.norm(n.conv(x)))))
+        assert type(syncbn.fold(net, x).norm) is nn.Identity
+    with pytest.raises(ValueError, match=r"lists, tuples, dicts or dataclasses of tensors, got Unknown"):
+        syncbn.fold(trained(Net(lambda n, x: Unknown(n.norm(n.conv(x))))), x)
+    net = trained(Net(lambda n, x: n.norm(y := n.conv(x))[:, : 1 + int(abs(unseen(y) - n.usual) < 1e-6)]))
+    with torch.no_grad():
+        net.usual = unseen(net.conv(net.stem_norm(net.stem(x))))
+    with pytest.raises(
+        ValueError, match=r"other shapes: \(2, 1, 5, 5\), not \(2, 2, 5, 5\). Rounding may .* Or: Some"
+    ):
+        syncbn.fold(net, x)
+
+
 def test_a_model_that_magnifies_rounding_is_folded_with_a_warning():
     net = trained(Net(lambda n, x: (n.norm(n.conv(x)) * 1e4).sin()), torch.float32)
     with pytest.warns(
-        UserWarning, match=r"differ by .*e-0\d of their range, in float64 by .*e-1\d: the model magnifies"
+        UserWarning,
+        match=r"differ by .*e-0\d of their range, but in float64 they differ by .*e-1\d: the model magnifies",
     ):
         folded = syncbn.fold(net, normal(2, 3, 5, 5).float())
     assert type(folded.norm) is nn.Identity
@@ -509,7 +594,7 @@ def compiled():
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), r"\(the model itself\): in training mode"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).train(), nn.Dropout()), "  1: in training mode"),
-        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).eval(), "no norm stands behind .*  0: its input is not"),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).eval(), "none of the norms can .*  0: its input is not"),
         (nn.Sequential(nn.LazyConv2d(4, 3)).eval(), "0: a lazy layer that does not know its shape yet; run one batch"),
         (nn.DataParallel(nn.Conv2d(3, 4, 3)).eval(), r"wrapped by DataParallel; fold what is inside, its module"),
         (nn.Sequential(torch.jit.script(nn.ReLU())).eval(), "0: scripted or traced"),
@@ -532,6 +617,8 @@ def test_bad_examples_and_nothing_to_fold():
             ValueError, match="expected example to be a tensor or a tuple of positional arguments, got"
         ):
             syncbn.fold(model, example)
+    with pytest.raises(ValueError, match="expected model to be"):
+        syncbn.fold("model", torch.randn(2, 3, 5, 5))
     with pytest.warns(UserWarning, match="found no layer with running statistics"):
         folded = syncbn.fold(model, torch.randn(2, 3, 5, 5))
     assert folded is not model

@@ -160,9 +160,11 @@ def test_what_is_missing_or_of_another_shape_is_refused():
     for values, what in (
         (batch_norm_values(("gamma", "beta", "moving_mean")), "running_var"),
         (complete | {"gamma": np.ones(4)}, "size mismatch for weight"),
+        ({"beta": np.ones(4)}, "size mismatch for bias"),
     ):
         with pytest.raises(RuntimeError, match=what):
             load_batch_norm(layer, values, momentum=0.99, epsilon=1e-3)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         load_batch_norm(syncbn.SyncBatchNorm(3, affine=False), complete, momentum=0.99, epsilon=1e-3)
     assert (layer.momentum, layer.eps) == (0.1, 1e-5)
+    assert layer.weight.requires_grad

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..conversion import third_party
-from ..folding.pairs import LAYERS, Output, Readers, copy_of, run
+from ..folding.readers import LAYERS, Output, Readers, copy_of, run
 from ..nn.ghost import GhostBatchNorm
 
 

@@ -1,16 +1,21 @@
 """Compare what a model returns before and after its norms were folded."""
 
 import math
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .folded import fold_all, plain_copy
-from .pairs import copy_of_arguments, run, tensors
+from .readers import copy_of_arguments, run, tensors
 
 TOLERANCE = 1e-5  # of the range: rounding of float32 reaches 2e-6 in networks of 50 to 160 layers
-_IN_FLOAT64 = 1e-9  # there: what is more is no rounding
+_IN_FLOAT64 = 1e-9  # a larger deviation in float64 is not due to rounding
+_CAUSES = [
+    "Something may read that layer's output unseen by torch (a scripted function, say).",
+    "Rounding may decide the output, as with boxes that are kept or not: then fold the part of the model before that.",
+]
 
 
 def verify(model: nn.Module, pairs: dict[str, str], expected: Any, args: Any, dtype: torch.dtype | None) -> str | None:
@@ -19,35 +24,40 @@ def verify(model: nn.Module, pairs: dict[str, str], expected: Any, args: Any, dt
     A model that magnifies rounding may deviate, too, but not in float64: then the text of a warning is returned. The
     norm to blame is found by halving: so many of them can be folded, and with the next one it goes wrong.
     """
-    if not any(bool(torch.isfinite(tensor).any()) for tensor in _outputs(expected)):
-        raise ValueError("fold: expected an example for which the model returns finite tensors; nothing was compared.")
+    _refuse_if_incomparable(expected)
     names = [*pairs]
 
-    def deviation(num: int) -> float:
+    def deviation(num: int) -> tuple[float, str]:
         folded = fold_all(plain_copy(model, dtype), {name: pairs[name] for name in names[:num]})
         return _deviation(folded, expected, args, dtype)
 
-    found, good, bad = deviation(len(names)), 0, len(names)
+    (found, text), good, bad = deviation(len(names)), 0, len(names)
     if found <= TOLERANCE:
         return None
     exact = _deviation_in_float64(model, pairs, args)
     if exact <= _IN_FLOAT64:
-        return (
-            f"syncbn.fold: the outputs differ by {found:.1e} of their range, in float64 by {exact:.1e}: the model "
-            "magnifies rounding."
-        )
+        why = "the model magnifies rounding, or it computes in a half type (autocast)"
+        return f"syncbn.fold: {text}, but in float64 they differ by {exact:.1e}: {why}."
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if deviation(middle) <= TOLERANCE else (good, middle)
-    raise ValueError(
-        f"fold: with {names[bad - 1]} folded into {pairs[names[bad - 1]]}, the outputs differ by {found:.1e} of their "
-        "range. Something may read that layer's output unseen by torch (a scripted function, say); or rounding "
-        "decides the output, as with boxes that are kept or not: then fold the part of the model before that."
-    )
+        good, bad = (middle, bad) if deviation(middle)[0] <= TOLERANCE else (good, middle)
+    causes = " Or: ".join(_CAUSES if math.isfinite(found) else _CAUSES[::-1])
+    raise ValueError(f"fold: with {names[bad - 1]} folded into {pairs[names[bad - 1]]}, {text}. {causes}")
 
 
-def _deviation(folded: nn.Module, expected: Any, args: Any, dtype: torch.dtype | None) -> float:
-    """Run a folded model, and return the largest error of its outputs; infinite if they are not as many."""
+def _refuse_if_incomparable(expected: Any) -> None:
+    found = _outputs(expected)
+    if not found:
+        raise ValueError(
+            "fold: expected a model that returns a tensor, or lists, tuples, dicts or dataclasses of tensors, got "
+            f"{type(expected).__name__}; nothing was compared."
+        )
+    if not any(bool(torch.isfinite(tensor).any()) for tensor in found):
+        raise ValueError("fold: expected an example for which the model returns finite tensors; nothing was compared.")
+
+
+def _deviation(folded: nn.Module, expected: Any, args: Any, dtype: torch.dtype | None) -> tuple[float, str]:
+    """Run a folded model, and return the largest error of its outputs, also in words; infinite for other shapes."""
     try:
         output = run(folded, copy_of_arguments(args, dtype))
     except Exception as error:
@@ -55,9 +65,12 @@ def _deviation(folded: nn.Module, expected: Any, args: Any, dtype: torch.dtype |
             f"fold: without its norms the model fails, as something reads one of them: {error!r}"
         ) from error
     both = _outputs(output), _outputs(expected)
-    if len(both[0]) != len(both[1]):
-        return math.inf
-    return max((error_of(a, b) for a, b in zip(*both, strict=True)), default=math.inf)
+    shapes = [[tuple(tensor.shape) for tensor in side] for side in both]
+    if shapes[0] != shapes[1]:
+        new, old = next((a, b) for a, b in zip_longest(*shapes, fillvalue="none") if a != b)
+        return math.inf, f"the outputs have other shapes: {new}, not {old}"
+    largest = max((error_of(a, b) for a, b in zip(*both, strict=True)), default=math.inf)
+    return largest, f"the outputs differ by {largest:.1e} of their range"
 
 
 def _deviation_in_float64(model: nn.Module, pairs: dict[str, str], args: Any) -> float:
@@ -65,7 +78,7 @@ def _deviation_in_float64(model: nn.Module, pairs: dict[str, str], args: Any) ->
     double = torch.float64
     try:
         expected = run(plain_copy(model, double), copy_of_arguments(args, double))
-        return _deviation(fold_all(plain_copy(model, double), pairs), expected, args, double)
+        return _deviation(fold_all(plain_copy(model, double), pairs), expected, args, double)[0]
     except Exception:
         return math.inf
 
@@ -90,6 +103,6 @@ def error_of(actual: Tensor, expected: Tensor) -> float:
 
 
 def _outputs(output: Any) -> list[Tensor]:
-    """List the tensors in what a model returned: the floating ones, if there are any."""
-    found = [*tensors(output)]
+    """List the tensors in what a model returned, dense: the floating ones, if there are any."""
+    found = [t if t.layout in (torch.strided, torch.jagged) else t.to_dense() for t in tensors(output)]
     return [tensor for tensor in found if tensor.is_floating_point() or tensor.is_complex()] or found

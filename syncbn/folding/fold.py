@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from ..compat import full_float32
 from .agreement import verify
-from .foldable import NO_LAYER, UNREACHED, Found, find
+from .foldable import Found, find
 from .folded import fold_all, plain_copy
-from .pairs import copy_of_arguments
 from .problems import by_reason, problems_of
+from .readers import copy_of_arguments
 
 M = TypeVar("M", bound=nn.Module)
 
 _HALF = (torch.float16, torch.bfloat16)
 _NOTHING = (
-    "fold: no norm stands behind a convolution or linear layer that it alone reads, so none can be folded. Fold a "
-    "part of the model in which one does, choose an example that reaches it, or leave the model as it is."
+    "fold: none of the norms can be folded. Change what is in the way, fold a part of the model in which one can be, "
+    "choose an example that reaches it, or leave the model as it is."
 )
 
 
@@ -29,18 +29,21 @@ def fold(model: M, example: Any) -> M:
     ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias - running_mean * scale``. So is the copy's layer
     before it, whose weight becomes ``weight * scale`` (over the channels of its output) and whose bias becomes
     ``bias * scale + shift``: computed in float64, rounded once. The norm becomes an nn.Identity of the same name; of
-    timm's fused layers dropout and activation stay. Conversions of syncbn are undone in the copy.
+    timm's fused layers dropout and activation stay.
+
+    Norms converted to "syncbn" or "bn" that stay are as written in the copy, other ones what they are: "frozen" stays
+    frozen. What they were is forgotten, so `revert` does nothing on the copy.
 
     Folded are BatchNorm layers of torch, syncbn and timm, frozen ones, and registered classes, behind nn.Conv1d to 3d,
     nn.ConvTranspose1d to 3d, with any groups, or nn.Linear on ``(N, F)``. Which feeds which is seen in one forward of
-    ``example``: the very tensor that left the layer enters the norm and nothing else reads it, each ran once, no hook
-    would notice. What ``example`` does not reach stays. One warning lists what stayed, and why.
+    ``example``: the very tensor that left the layer enters the norm, and nothing else reads it; both ran once, and
+    neither has hooks. What ``example`` does not reach stays. One warning lists what stayed, and why.
 
     Then the copy's outputs on ``example`` are compared with the model's: in float32 for a half model, whose folded
     weights are rounded after that; and in float64, if they differ, with a warning where that is rounding.
 
-    Collectives: none, so one rank alone may call it. After training with plain BatchNorm on several ranks, whose
-    statistics differ, call `average_bn_stats` first.
+    Collectives: none, so one rank alone may call it. Where statistics differ between ranks, as with plain BatchNorm or
+    synchronized in subgroups, call `average_bn_stats` first.
 
     Args:
         model: A model in eval mode; it is not changed.
@@ -48,8 +51,8 @@ def fold(model: M, example: Any) -> M:
 
     Raises:
         ValueError: For a model in training mode, lazy, wrapped, compiled, scripted or quantized; if it has norms, and
-            none stands behind a convolution or linear layer; if an output differs by more than 1e-5 of its range, or a
-            folded weight overflows. It names the layers. What the model's forward raises goes through.
+            none can be folded; if an output differs by more than 1e-5 of its range, or a folded weight overflows. It
+            names the layers. What the model's forward raises goes through.
 
     Source: Jacob et al. 2018 (arXiv 1712.05877), section 3.2.
 
@@ -62,6 +65,8 @@ def fold(model: M, example: Any) -> M:
         (Identity(), 'BatchNorm2d')
     """
     args = example if isinstance(example, tuple) else (example,)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"fold: expected model to be an nn.Module, got {type(model).__name__}.")
     if not isinstance(example, tuple | Tensor):
         got = type(example).__name__
         raise ValueError(f"fold: expected example to be a tensor or a tuple of positional arguments, got {got}.")
@@ -72,12 +77,12 @@ def fold(model: M, example: Any) -> M:
     dtype = torch.float32 if any(tensor.dtype in _HALF for tensor in tensors) else None
     with full_float32():
         found = find(plain_copy(model, dtype), copy_of_arguments(args, dtype))
-        if found.stays and not found.pairs and {*found.stays.values()} <= {NO_LAYER, UNREACHED}:
+        if found.stays and not found.pairs:
             raise ValueError("\n".join([_NOTHING, *by_reason(found.stays)]))
         remark = verify(model, found.pairs, found.output, args, dtype) if found.pairs else None
     if remark is not None:
         warnings.warn(remark, stacklevel=2)
-    result = plain_copy(model)
+    result = plain_copy(model, stays=found.stays)
     fold_all(result, found.pairs)
     for layer in result.modules():
         layer.__dict__.pop("_syncbn_original", None)

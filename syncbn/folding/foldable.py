@@ -1,12 +1,11 @@
 """Find the norms that can be folded into the layer before them, from one forward pass; and why others cannot."""
 
-import copy
 from collections import Counter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..conversion.classes import sync_class_of
@@ -14,17 +13,15 @@ from ..conversion.frozen import eps_of
 from ..conversion.patches import patch_of
 from ..conversion.swap import PLAIN
 from ..conversion.third_party import activates, is_frozen_layer, keeps_statistics
+from ..nn.batchnorm import SyncBatchNorm
 from ..nn.converted import can_become
 from ..nn.frozen import FrozenStatistics
 from ..nn.ghost import GhostBatchNorm
 from ..nn.renorm import BatchRenorm
-from .agreement import TOLERANCE, error_of
-from .folded import fold_pair
-from .pairs import LAYERS, Output, Readers, copy_of_arguments, run
+from .linear import is_linear, is_of_torch
+from .readers import LAYERS, Output, Readers, copy_of_arguments, run
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-NO_LAYER = "its input is not the very output of a convolution or linear layer"
-UNREACHED = "the example did not reach it"
 
 
 class Found(NamedTuple):
@@ -40,13 +37,13 @@ def find(model: nn.Module, args: tuple[Any, ...]) -> Found:
     readers, hooked = Readers(), {m for m in model.modules() if any(getattr(m, name, None) for name in _HOOKS)}
     norms = {name: module for name, module in model.named_modules() if _is_norm(module)}
     layers = [module for module in model.modules() if isinstance(module, LAYERS)]
-    inputs: dict[nn.Module, tuple[Any, ...]] = {}  # of layers of other classes than torch's
+    inputs: dict[nn.Module, tuple[Any, ...]] = {}  # of layers that may compute anything
 
     def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         inputs[layer] = copy_of_arguments(args)
 
     handles = [layer.register_forward_hook(readers.watch) for layer in layers]
-    handles += [m.register_forward_hook(keep) for m in layers if not type(m).__module__.startswith("torch.nn.")]
+    handles += [m.register_forward_hook(keep) for m in layers if not is_of_torch(m)]
     for norm in norms.values():
         handles.append(norm.register_forward_pre_hook(readers.enter, with_kwargs=True))
         handles.append(norm.register_forward_hook(readers.leave))
@@ -80,16 +77,18 @@ class _Judge:
         return output
 
     def of_norm(self, norm: nn.Module) -> str | None:
-        cls, inputs = type(norm).__name__, self.readers.inputs.get(norm, [])
+        inputs = self.readers.inputs.get(norm, [])
         if not _only_normalizes(norm):
-            return f"{cls} may do more than normalize; if it does not, call syncbn.register({cls})"
+            return _why_not(type(norm))
         if norm._buffers.get("running_mean") is None:
             return "it has no running statistics (track_running_stats=False)"
         if not inputs:
-            return UNREACHED
+            return "the example did not reach it"
         if len(inputs) > 1:
             return f"it is called {len(inputs)} times"
-        return NO_LAYER if inputs[0] is None else self._of_module(norm, "it")
+        if inputs[0] is None:
+            return "its input is not the very output of a convolution or linear layer"
+        return self._of_module(norm, "it")
 
     def of_pair(self, norm: nn.Module) -> str | None:
         output = self.output_into(norm)
@@ -106,7 +105,7 @@ class _Judge:
         reason = self._of_module(layer, name)
         if reason is None and layer._parameters.get("weight") is None:
             return f"{name} has no weight of its own"
-        if reason is None and layer in self.inputs and not _is_linear(layer, norm, self.inputs[layer]):
+        if reason is None and layer in self.inputs and not is_linear(layer, norm, self.inputs[layer]):
             return f"{name} ({type(layer).__name__}) is not linear in its weight and bias"
         return reason
 
@@ -130,6 +129,16 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm | FrozenStatistics) or is_frozen_layer(module) or keeps_statistics(module)
 
 
+def _why_not(cls: type[nn.Module]) -> str:
+    """Say why norms of ``cls`` are not folded; `register` helps with classes that derive from torch's alone."""
+    name = cls.__name__
+    if issubclass(cls, _InstanceNorm):
+        return f"{name} is an instance norm; only batch norms are folded"
+    if issubclass(cls, _BatchNorm) and not issubclass(cls, SyncBatchNorm):
+        return f"{name} may do more than normalize; if it does not, call syncbn.register({name})"
+    return f"{name} is not folded, as it may do more than one multiply-add per channel"
+
+
 def _only_normalizes(norm: nn.Module) -> bool:
     """Whether ``norm``, in eval mode, is one multiply-add per channel, but for what a fused layer does after it."""
     cls, is_frozen = type(norm), is_frozen_layer(norm)
@@ -137,14 +146,3 @@ def _only_normalizes(norm: nn.Module) -> bool:
         return False
     is_known = cls in (FrozenStatistics, GhostBatchNorm, BatchRenorm) or sync_class_of(cls, is_frozen) in PLAIN
     return is_known or activates(cls)
-
-
-def _is_linear(layer: nn.Module, norm: nn.Module, args: tuple[Any, ...]) -> bool:
-    """Try on its own input whether a layer of an unknown class may be folded: its forward may be anything."""
-    pair = copy.deepcopy(nn.ModuleList([layer, norm]))
-    fold_pair(*pair)
-    try:
-        with torch.no_grad():
-            return error_of(pair[1](pair[0](*args)), norm(layer(*args))) <= TOLERANCE
-    except Exception:  # of a forward that wants keyword arguments, say
-        return False

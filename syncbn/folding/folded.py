@@ -1,6 +1,7 @@
 """Put norms into the weight and bias of the layer before them: the arithmetic, and what is left of them."""
 
 from collections import OrderedDict
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -12,16 +13,21 @@ from ..conversion.frozen import eps_of
 from ..conversion.original import original_of
 from ..conversion.swap import restore
 from ..conversion.third_party import activates, is_frozen_layer
-from .pairs import copy_of
+from .readers import copy_of
 
 
-def plain_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Copy ``model`` with its norms as the user wrote them, where that is the same in eval mode."""
+def plain_copy(model: nn.Module, dtype: torch.dtype | None = None, stays: Container[str] = ()) -> nn.Module:
+    """Copy ``model`` with its norms as the user wrote them, where that is the same in eval mode.
+
+    Of norms that stay, "frozen" is kept: as written, they would move in training mode.
+    """
     twin = copy_of(model)
-    for layer in twin.modules():
+    for name, layer in twin.named_modules():
         original = original_of(layer)
-        is_same = original is not None and (original.norm is None or original.norm[0] in ("bn", "frozen"))
-        if original is not None and is_same and type(layer) is original.swapped_to:
+        if original is None or type(layer) is not original.swapped_to:
+            continue
+        norm = "syncbn" if original.norm is None else original.norm[0]
+        if norm in ("syncbn", "bn") or (norm == "frozen" and name not in stays):
             patches.drop_copies(layer, original.cls)
             restore(layer)
     return twin if dtype is None else twin.to(dtype)

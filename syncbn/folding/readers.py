@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 LAYERS = (_ConvNd, nn.Linear)
 _FACTS = (bool, int, str, tuple, torch.dtype, torch.device, torch.layout)  # what tells of a tensor, but not its values
+# Functions that tell of values all the same, by name; and those that look at nothing but a shape.
+_READ = {"allclose", "equal", "is_nonzero", "item", "__contains__", "__repr__", "__format__", "__bool__", "__int__"}
+_ONLY_SHAPE = {"zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty"}
 
 
 class Read(NamedTuple):
@@ -75,7 +78,9 @@ class Readers(TorchFunctionMode):
         kwargs = kwargs or {}
         given = [(tensor, _version(tensor)) for tensor in tensors((args, kwargs))] if self.is_looking else []
         result = func(*args, **kwargs)
-        if isinstance(result, _FACTS) and not any(True for _ in tensors(result)):
+        name = getattr(func, "__name__", "")
+        is_fact = isinstance(result, _FACTS) and not any(True for _ in tensors(result))
+        if (is_fact and name not in _READ) or name in _ONLY_SHAPE:
             return result
         by_batch = func is F.batch_norm and bool(kwargs.get("training", args[5] if len(args) > 5 else False))
         for tensor, version in given:
@@ -98,8 +103,10 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from tensors(part)
-    elif isinstance(value, Mapping) or (is_dataclass(value) and not isinstance(value, type)):
-        yield from tensors([*(value if isinstance(value, Mapping) else vars(value)).values()])
+    elif isinstance(value, Mapping):
+        yield from tensors([*value.values()])
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors([getattr(value, part.name, None) for part in fields(value)])
 
 
 def _version(tensor: Tensor) -> int | None:
