@@ -283,6 +283,17 @@ def test_to_another_norm_and_back(other):
     assert kinds(syncbn.revert(model)) == kinds(written())
 
 
+@pytest.mark.parametrize("other", ["wn", "gn_ws"])
+def test_norms_of_weights_are_reverted_first(other):
+    model = syncbn.convert(written(), other, **({"num_groups": 2} if other == "gn_ws" else {}))
+    assert {row.reason for row in syncbn.plan(model, "fixup")} == {f"layers are parametrized by norm '{other}': revert first."}
+    with pytest.raises(ValueError, match=f"(?s)1: layers are parametrized by norm '{other}'"):
+        syncbn.convert(model, "fixup")
+    fixed(syncbn.revert(model))
+    with pytest.raises(ValueError, match=r"conv2 has 4 .* a direction: initialize or train them first; or .*exclude"):
+        syncbn.convert(model, "wn")
+
+
 def test_norms_follow_device_and_dtype_while_they_are_away():
     model = syncbn.revert(fixed(written()).double())
     assert {t.dtype for t in model.state_dict().values()} == {torch.float64, torch.int64}

@@ -72,7 +72,8 @@ def add_weight_norm(root: nn.Module, decisions: list[tuple[nn.Module, Decision]]
             return "shares its weight with another layer"
         over = [dim for dim in range(weight.dim()) if dim != output_dim(layer)]
         num_zero = 0 if weight.is_meta else int((weight.detach() == 0).all(over).sum()) if over else 0
-        return f"has {num_zero} output channels whose weight is 0, without a direction" if num_zero else None
+        zero = f"has {num_zero} output channels whose weight is 0, without a direction: initialize or train them first"
+        return zero if num_zero else None
 
     pairs = pairs_of(root)
     for norm, decision in decisions:
