@@ -43,7 +43,7 @@ def test_there_and_back(norm, kind, options):
 
     syncbn.revert(layer)
     assert type(layer) is cls
-    assert set(vars(layer)) == attributes
+    assert set(vars(layer)) - {"_last_dims"} == attributes
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(layer(x), evaluated)
     layer.train()(x)
@@ -106,6 +106,14 @@ def test_without_a_group_a_layer_keeps_the_one_it_has(first, norm):
             assert syncbn.revert(model)[1].process_group == written
         syncbn.convert(model, "wn")  # has no group
         assert type(syncbn.convert(model, "gn", num_groups=2)[1]) is nn.GroupNorm
+
+
+@pytest.mark.parametrize("norm", SYNCHRONIZED)
+def test_the_dimensions_of_the_last_input_come_back(norm):
+    model = nn.Sequential(nn.Conv1d(3, 6, 1), syncbn.SyncBatchNorm(6), nn.ReLU())
+    model(torch.randn(4, 3, 5))
+    syncbn.convert(model, norm, **SYNCHRONIZED[norm], process_group=2)(torch.randn(4, 3, 5))
+    assert type(syncbn.revert(model, as_batchnorm=True)[1]) is nn.BatchNorm1d
 
 
 @pytest.mark.parametrize("norm", KINDS)
