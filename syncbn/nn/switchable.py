@@ -90,7 +90,10 @@ class SwitchableNorm(SyncBatchNorm):
         return self._mix(input, *batch.mean_var())
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """Compute p ("mean") and q ("var") by kind of statistics; of ``(N, C)`` inputs without "IN"."""
+        """Compute p ("mean") and q ("var") by kind of statistics.
+
+        "IN" is left out once the last input in eager mode was ``(N, C)``; a compiled layer does not note its inputs.
+        """
         kinds = KINDS[1:] if self._last_dims == 2 else KINDS
         weights = {"mean": self.mean_weight, "var": self.var_weight}
         shares = {name: weight.detach().double()[-len(kinds) :].softmax(0) for name, weight in weights.items()}
