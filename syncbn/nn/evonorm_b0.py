@@ -10,7 +10,7 @@ from ..distributed.exchange import note_eval
 from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..ops.checks import check_input
 from ..ops.layout import SUM_DTYPE, per_channel
-from ..ops.reference import Running, batch_statistics
+from ..ops.reference import Running
 from ..plain.batch import join
 from .affine import check_eps, scale_and_shift, tensor_of
 from .batchnorm import SyncBatchNorm
@@ -88,11 +88,8 @@ class EvoNormB0(SyncBatchNorm):
                 return self.running_var
         group, name = self._group_and_name() if self.training else (None, "")
         batch = join(x, self.eps, self.momentum, group, name)
-        if self.training and not batch.is_again:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-            batch_statistics(batch.summed.detach(), running, self.eps, is_empty=True)
+        if self.training:
+            batch.move(Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum))
         return batch.mean_var()[1]
 
     def extra_repr(self) -> str:
