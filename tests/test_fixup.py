@@ -283,6 +283,19 @@ def test_to_another_norm_and_back(other):
     assert kinds(syncbn.revert(model)) == kinds(written())
 
 
+@pytest.mark.parametrize("other", ["wn", "gn_ws"])
+def test_norms_of_weights_are_reverted_first(other):
+    model = syncbn.convert(written(), other, **({"num_groups": 2} if other == "gn_ws" else {}))
+    assert {row.reason for row in syncbn.plan(model, "fixup")} == {
+        f"layers are parametrized by norm '{other}': revert first."
+    }
+    with pytest.raises(ValueError, match=f"(?s)1: layers are parametrized by norm '{other}'"):
+        syncbn.convert(model, "fixup")
+    fixed(syncbn.revert(model))
+    with pytest.raises(ValueError, match=r"conv2 has 4 .* a direction: initialize or train them first; or .*exclude"):
+        syncbn.convert(model, "wn")
+
+
 def test_norms_follow_device_and_dtype_while_they_are_away():
     model = syncbn.revert(fixed(written()).double())
     assert {t.dtype for t in model.state_dict().values()} == {torch.float64, torch.int64}
@@ -474,6 +487,9 @@ def test_a_subclass_of_a_block_is_another_block_until_it_is_registered():
     for arguments in ({"convs": "conv1", "norms": "norm1"}, {"convs": ["a"], "norms": ["b"]}):
         with pytest.raises(ValueError, match="at least two convolutions and of the norm behind each, got convs="):
             syncbn.register_block(OddBlock, **arguments)
+    for block in (OddBlock(4, 4, stride=1), "OddBlock", int):
+        with pytest.raises(ValueError, match="register_block: expected a class of modules, got "):
+            syncbn.register_block(block, convs=["conv1", "conv2"], norms=["norm1", "norm2"])
     syncbn.register_block(OddBlock, convs=["conv1", "conv2"], norms=["norm1", "norm2"])
     assert [type(layer) for layer in fixed(model)[3:5]] == [FixupBlock] * 2
     assert type(syncbn.revert(model)[3]) is OddBlock

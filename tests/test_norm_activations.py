@@ -339,6 +339,7 @@ def test_an_activation_that_may_serve_elsewhere_stays():
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.filterwarnings("ignore:norm 'evonorm_.*' leaves:UserWarning")
 def test_a_fused_layer_activates_by_the_norm_alone(norm):
     import timm
 
@@ -373,6 +374,22 @@ def test_errors_name_the_layer_and_touch_nothing():
         with pytest.raises(ValueError, match=rf"(?s){message}"):
             syncbn.convert(m, norm, **options)
         assert [type(module) for module in m] == [nn.BatchNorm1d, nn.ReLU] * 2
+
+
+@pytest.mark.parametrize("norm", ["evonorm_s0", "evonorm_b0"])
+def test_one_warning_if_no_layer_is_left_to_normalize(norm):
+    m = nn.ModuleList([nn.BatchNorm2d(32), nn.ReLU(), nn.BatchNorm2d(32)])
+    for call in (syncbn.plan, syncbn.convert):
+        with pytest.warns(UserWarning, match=f"'{norm}' leaves .* behind 0, 2, which become weight") as caught:
+            call(m, norm)
+        assert [warning.filename for warning in caught] == [__file__]
+    syncbn.convert(m, norm)  # already
+
+
+def test_audit_lists_b0_where_it_reads_the_batch():
+    m = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6))
+    report = syncbn.audit(syncbn.convert(m, "evonorm_b0"), torch.randn(4, 6, 3, 2), 2, 2)
+    assert [row.name for row in report.rows] == ["0"]
 
 
 def test_b0_has_the_statistics_of_a_batchnorm():
@@ -431,6 +448,7 @@ def test_compiles_without_a_break(norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.filterwarnings("ignore:norm 'evonorm_.*' leaves:UserWarning")  # torchvision's ResNets
 def test_models_of_timm_and_torchvision(norm):
     import timm
     import torchvision

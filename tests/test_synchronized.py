@@ -43,7 +43,7 @@ def test_there_and_back(norm, kind, options):
 
     syncbn.revert(layer)
     assert type(layer) is cls
-    assert set(vars(layer)) == attributes
+    assert set(vars(layer)) - {"_last_dims"} == attributes
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(layer(x), evaluated)
     layer.train()(x)
@@ -80,17 +80,40 @@ def test_plan_filters_groups_and_other_norms(norm):
     assert vars(model[1]).keys() == vars(small()[1]).keys()
 
 
-@pytest.mark.parametrize("norm", KINDS)
-def test_a_layer_keeps_its_group(norm):
-    for layer in (syncbn.SyncBatchNorm(6, process_group=2), syncbn.convert(nn.BatchNorm2d(6), process_group=2)):
-        is_written = type(layer) is syncbn.SyncBatchNorm
-        syncbn.convert(layer, norm)
-        assert layer.process_group == (2 if is_written else None)  # else what is converted is the nn.BatchNorm2d
-        syncbn.convert(layer, norm, process_group="node")
+SYNCHRONIZED = {"syncbn": {}, "brn": {}, "sn": {}, "evonorm_b0": {}, "wn": {"mean_only": True}}
+
+
+@pytest.mark.parametrize("norm", SYNCHRONIZED)
+@pytest.mark.parametrize("first", SYNCHRONIZED)
+def test_without_a_group_a_layer_keeps_the_one_it_has(first, norm):
+    for layer in (nn.BatchNorm2d(6), nn.SyncBatchNorm(6), syncbn.SyncBatchNorm(6, process_group=4)):
+        model, written = nn.Sequential(nn.Conv2d(3, 6, 1), layer, nn.ReLU()), getattr(layer, "process_group", None)
+        syncbn.convert(model, first, **SYNCHRONIZED[first], process_group=2)
+        row = syncbn.plan(model, norm, **SYNCHRONIZED[norm])[0]
+        assert (row.reason == "already") == (norm == first)
+        syncbn.convert(model, norm, **SYNCHRONIZED[norm])
+        assert (type(layer).__name__, layer.process_group) == (row.to, 2)
+        for group in (None, 2):
+            assert syncbn.plan(model, norm, **SYNCHRONIZED[norm], process_group=group)[0].reason == "already"
+        syncbn.convert(model, norm, **SYNCHRONIZED[norm], process_group="node")
         assert layer.process_group == "node"
-        syncbn.convert(layer, "syncbn")
-        assert layer.process_group == (2 if is_written else None)
-        layer(torch.randn(2, 6, 2, 2))
+        syncbn.convert(
+            syncbn.convert(model, "bn"), norm, **SYNCHRONIZED[norm]
+        )  # "bn" stops it, in groups of one or none
+        assert layer.process_group == written
+        syncbn.convert(model, norm, **SYNCHRONIZED[norm], process_group=2)
+        if isinstance(written, int):
+            assert syncbn.revert(model)[1].process_group == written
+        syncbn.convert(model, "wn")  # has no group
+        assert type(syncbn.convert(model, "gn", num_groups=2)[1]) is nn.GroupNorm
+
+
+@pytest.mark.parametrize("norm", SYNCHRONIZED)
+def test_the_dimensions_of_the_last_input_come_back(norm):
+    model = nn.Sequential(nn.Conv1d(3, 6, 1), syncbn.SyncBatchNorm(6), nn.ReLU())
+    model(torch.randn(4, 3, 5))
+    syncbn.convert(model, norm, **SYNCHRONIZED[norm], process_group=2)(torch.randn(4, 3, 5))
+    assert type(syncbn.revert(model, as_batchnorm=True)[1]) is nn.BatchNorm1d
 
 
 @pytest.mark.parametrize("norm", KINDS)

@@ -232,6 +232,11 @@ def shared():
     return model
 
 
+def twice(own_layer=True):
+    norm, layer = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+    return nn.Sequential(layer, norm, nn.Conv2d(4, 4, 1) if own_layer else layer, norm)
+
+
 def zero():
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 1), nn.BatchNorm2d(4))
     model[0].weight.data[:, 1:3] = 0
@@ -259,6 +264,8 @@ REFUSED = {
     "old hook": ("gn_ws", before(lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 1))), "has no parameter 'weight'"),
     "lazy": ("gn_ws", before(lambda: nn.LazyConv2d(4, 1)), "LazyConv2d 0 is lazy; run one batch first"),
     "shared": ("wn", shared, r"1: its Conv2d 0 shares its weight(.|\n)*3: its Conv2d 2 shares"),
+    "twice": ("wn", twice, r"one layer, 0, would change for .* in the model: 1 and 3; or .*exclude=\['1'\]"),
+    "twice, ws": ("gn_ws", twice, "one layer, 0, would change for .* in the model: 1 and 3"),
     "zero": ("wn", zero, "has 2 output channels whose weight is 0, without a direction"),
     "group": ("wn", before(lambda: nn.Conv2d(3, 4, 1)), "1: process_group belongs to mean_only=True"),
 }
@@ -279,6 +286,13 @@ def test_what_is_refused_is_named_and_not_touched(name):
     assert all(map(torch.equal, model.buffers(), buffers))
     with pytest.warns(UserWarning, match="no layer to convert"):
         syncbn.convert(model, norm, exclude=["*"], **options)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_both_layers_may_run_twice(arm):
+    model = convert(twice(own_layer=False), arm)
+    assert parametrize.is_parametrized(model[0])
+    assert type(syncbn.revert(model)[2]) is nn.Conv2d
 
 
 def test_what_the_user_did_since():

@@ -12,6 +12,7 @@ from ..conversion.third_party import is_frozen_layer
 from ..distributed.groups import GroupSpec
 from ..distributed.subgroups import check_size
 from ..nn.batchnorm import SyncBatchNorm
+from ..nn.evonorm_b0 import EvoNormB0
 from ..nn.frozen import FrozenStatistics
 from .probe import ImageMoments
 
@@ -42,6 +43,8 @@ class AuditRow(NamedTuple):
 
 def num_features(layer: nn.Module) -> int:
     """Count the channels of a normalization layer; 0 for any other module."""
+    if isinstance(layer, EvoNormB0) and layer.v is None:
+        return 0  # weight and bias alone
     if isinstance(layer, _BatchNorm | _InstanceNorm):
         return layer.num_features
     if isinstance(layer, nn.GroupNorm):

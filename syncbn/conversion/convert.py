@@ -173,7 +173,4 @@ def _target(norm: Norm, process_group: ProcessGroupLike, include_frozen: bool, n
         raise ValueError(
             f"process_group belongs to norms that synchronize ({choices}), not to {registry.name_of(norm)!r}."
         )
-    spec = GroupSpec(process_group)
-    return Target(
-        norm, spec, include_frozen, norm_kwargs if norm == "syncbn" else {**norm_kwargs, "process_group": spec}
-    )
+    return Target(norm, GroupSpec(process_group), include_frozen, norm_kwargs)

@@ -46,7 +46,7 @@ class Decision:
     becomes: type[nn.Module] = SyncBatchNorm
     new: nn.Module | None = None
     companions: list[Companion] = field(default_factory=list)
-    written_spec: GroupSpec = field(default_factory=lambda: GroupSpec(None))  # of an nn.SyncBatchNorm
+    spec: GroupSpec = field(default_factory=lambda: GroupSpec(None))  # that the layer has, or was written with
 
 
 @dataclass
@@ -103,10 +103,11 @@ def apply(decision: Decision, layer: nn.Module, target: Target) -> None:
     patches.drop_copies(layer, original_class(layer))
     swap.restore(layer)
     if decision.action is Action.SYNCHRONIZE:
-        if isinstance(layer, SyncBatchNorm) and target.spec is None:
+        spec = target.spec or decision.spec
+        if isinstance(layer, SyncBatchNorm) and layer.group_spec == spec:
             return
         to_sync = swap.swap_to_sync if isinstance(layer, _BatchNorm) else swap.swap_frozen_to_sync
-        to_sync(layer, decision.becomes, target.spec or decision.written_spec)  # type: ignore[arg-type]
+        to_sync(layer, decision.becomes, spec)  # type: ignore[arg-type]
     elif decision.action is Action.ISOLATE:
         swap.swap_to_sync(layer, decision.becomes, GroupSpec(1), _ISOLATED)  # type: ignore[arg-type]
     elif decision.action is Action.REPLACE:
@@ -132,8 +133,15 @@ def _synchronize(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm]
             return Decision(row._replace(to=None, reason=reason), Action.WARN)
     kept = layer.__dict__ | ({} if original is None else original.attributes)
     group = kept.get("process_group")
-    spec = group if isinstance(group, GroupSpec) else GroupSpec(group)
-    return Decision(row, Action.SYNCHRONIZE, becomes, written_spec=spec)
+    written = group if isinstance(group, GroupSpec) else GroupSpec(group)
+    return Decision(row, Action.SYNCHRONIZE, becomes, spec=_spec_of(layer) or written)
+
+
+def _spec_of(layer: nn.Module) -> GroupSpec | None:
+    """Return the group that a layer has; of one in groups of one that which it was written with."""
+    original = original_of(layer)
+    kept = original.sync_state if original is not None and original.norm == _ISOLATED else layer.__dict__
+    return kept.get("group_spec")
 
 
 def _stop_synchronizing(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm]) -> Decision:
@@ -155,10 +163,17 @@ def _replace(row: PlanRow, layer: nn.Module, sync_class: type[SyncBatchNorm], ta
     if sync_class not in (*swap.PLAIN, SyncBatchNormAct):
         reason = f"{cls.__name__} does more than normalize; only its synchronized class is registered."
         return Decision(row._replace(reason=reason), Action.WARN)
-    if original is not None and original.norm == registry.key(target.norm, target.norm_kwargs):
+    spec, options = _spec_of(layer), target.norm_kwargs
+    is_same = original is not None and original.norm == registry.key(target.norm, options)
+    if is_same and target.spec in (None, spec):
         return Decision(row._replace(to=row.from_, reason="already"))
+    twin = swap.original_twin(layer)
+    if spec is not None:
+        twin.__dict__["group_spec"] = spec  # which a norm that synchronizes takes, if none is given
+    if target.spec is not None:
+        options = options | {"process_group": target.spec}
     try:
-        new = registry.make(target.norm, swap.original_twin(layer), target.norm_kwargs)
+        new = registry.make(target.norm, twin, options)
     except (ValueError, TypeError) as error:
         return Decision(row._replace(reason=str(error) or repr(error)), Action.REFUSE)
     return Decision(row._replace(to=type(new).__name__, reason="replaced"), Action.REPLACE, type(new), new)

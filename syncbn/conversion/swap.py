@@ -114,7 +114,9 @@ def restore(layer: nn.Module) -> None:
     for key in [key for key, hook in layer._forward_hooks.items() if hook is _activate]:
         del layer._forward_hooks[key]
     if isinstance(layer, SyncBatchNorm):
-        layer._release(original.sync_state)
+        dims = layer._release(original.sync_state)
+        if dims and issubclass(original.cls, SyncBatchNorm):
+            layer.__dict__["_last_dims"] = dims
     layer.__class__ = original.cls
     for name in ["_syncbn_original", *original.added]:
         layer.__dict__.pop(name, None)

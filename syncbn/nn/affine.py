@@ -54,9 +54,21 @@ def tensor_of(layer: _BatchNorm) -> Tensor:
 
 def check_divisor(channels: int, number: int, option: str) -> None:
     """Raise a ValueError if ``number``, of groups or of channels in one, does not divide the channels."""
-    if number < 1 or channels % number:
+    if type(number) is not int or number < 1 or channels % number:
         choices = [n for n in range(1, channels + 1) if channels % n == 0]
-        raise ValueError(f"{option}={number} does not divide its {channels} channels; choose one of {choices}")
+        raise ValueError(f"{option}={number!r} does not divide its {channels} channels; choose one of {choices}")
+
+
+def check_eps(eps: float) -> None:
+    """Raise a ValueError unless ``eps`` is a finite number above 0."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < torch.inf:
+        raise ValueError(f"eps={eps!r}: expected a finite number above 0")
+
+
+def check_flag(value: bool, option: str) -> None:
+    """Raise a ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{option}={value!r}: expected True or False")
 
 
 class ChannelBias(ChannelAffine):

@@ -10,9 +10,9 @@ from ..distributed.exchange import note_eval
 from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..ops.checks import check_input
 from ..ops.layout import SUM_DTYPE, per_channel
-from ..ops.reference import Running, batch_statistics
+from ..ops.reference import Running
 from ..plain.batch import join
-from .affine import scale_and_shift, tensor_of
+from .affine import check_eps, scale_and_shift, tensor_of
 from .batchnorm import SyncBatchNorm
 from .evonorm_s0 import var_of_positions
 
@@ -41,8 +41,8 @@ class EvoNormB0(SyncBatchNorm):
         process_group: As in SyncBatchNorm.
 
     Raises:
-        ValueError: In forward for a mask, and as SyncBatchNorm for an input that does not fit, and on all ranks for
-            one value per channel.
+        ValueError: Unless ``eps`` is above 0; in forward for a mask, and as SyncBatchNorm for an input that does not
+            fit, and on all ranks for one value per channel.
     """
 
     ACTIVATION, WITHOUT = "its own activation", "weight and bias alone"  # for `plan`
@@ -51,6 +51,7 @@ class EvoNormB0(SyncBatchNorm):
     def __init__(
         self, layer: _BatchNorm, eps: float = 1e-3, process_group: ProcessGroupLike | GroupSpec = None
     ) -> None:
+        check_eps(eps)
         like = tensor_of(layer)
         tracks = layer.track_running_stats
         super().__init__(layer.num_features, eps, layer.momentum, False, tracks, None, like.device, like.dtype)
@@ -87,11 +88,8 @@ class EvoNormB0(SyncBatchNorm):
                 return self.running_var
         group, name = self._group_and_name() if self.training else (None, "")
         batch = join(x, self.eps, self.momentum, group, name)
-        if self.training and not batch.is_again:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-            batch_statistics(batch.summed.detach(), running, self.eps, is_empty=True)
+        if self.training:
+            batch.move(Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum))
         return batch.mean_var()[1]
 
     def extra_repr(self) -> str:

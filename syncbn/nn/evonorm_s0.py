@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.checks import check_input
 from ..ops.layout import SUM_DTYPE, per_channel
-from .affine import ChannelAffine, check_divisor, tensor_of
+from .affine import ChannelAffine, check_divisor, check_eps, tensor_of
 
 
 class EvoNormS0(ChannelAffine):
@@ -27,7 +27,8 @@ class EvoNormS0(ChannelAffine):
         eps: Added to the variance.
 
     Raises:
-        ValueError: If ``num_groups`` does not divide the channels; in forward, for an input that does not fit.
+        ValueError: If ``num_groups`` does not divide the channels, or ``eps`` is not above 0; in forward, for an input
+            that does not fit.
     """
 
     ACTIVATION, WITHOUT = "its own activation", "weight and bias alone"  # for `plan`
@@ -35,6 +36,7 @@ class EvoNormS0(ChannelAffine):
 
     def __init__(self, layer: _BatchNorm, num_groups: int = 32, eps: float = 1e-5) -> None:
         super().__init__(layer)
+        check_eps(eps)
         check_divisor(self.num_features, num_groups, "num_groups")
         self.num_groups, self.eps = num_groups, eps
         self.v = nn.Parameter(tensor_of(layer).new_ones(self.num_features))

@@ -6,18 +6,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.checks import check_input
 from ..ops.layout import SUM_DTYPE, per_channel
-from .affine import ChannelAffine, tensor_of
+from .affine import ChannelAffine, check_eps, check_flag, tensor_of
 
 
 class FilterResponseNorm(ChannelAffine):
     """Divide each channel of a sample by its root mean square, then take the larger of the result and ``tau``.
 
-    ``y = x / sqrt(mean(x**2) + |eps|) * weight + bias`` with the mean over the positions of one sample and channel,
+    ``y = x / sqrt(mean(x**2) + eps) * weight + bias`` with the mean over the positions of one sample and channel,
     and ``z = max(y, tau)``, the thresholded linear unit (TLU), which replaces the ReLU behind the norm. ``tau``,
     ``(C,)``, starts at 0 and learns. Without TLU z is y, and the activation behind stays.
 
-    A map of one position, as of an input ``(N, C)``, is ``x / sqrt(x**2 + |eps|)``: little more than its sign, so the
-    paper learns eps there. No mean is subtracted, so a network wants its learning rate warmed up.
+    A map of one position, as of an input ``(N, C)``, is ``x / sqrt(x**2 + eps)``: little more than its sign, so the
+    paper learns eps there, as ``|eps|``. No mean is subtracted, so a network wants its learning rate warmed up.
 
     Shapes: input and output ``(N, C, *)``, the output in the input's dtype; half types are computed in float32.
     Collectives: none. State_dict: ``weight, bias, tau``, and ``eps`` if it learns.
@@ -30,7 +30,7 @@ class FilterResponseNorm(ChannelAffine):
         learn_eps: Whether eps is a parameter, one for all channels.
 
     Raises:
-        ValueError: In forward, for an input that does not fit the layer.
+        ValueError: Unless ``eps`` is above 0; in forward, for an input that does not fit the layer.
     """
 
     ACTIVATION, WITHOUT = "TLU", "without TLU"  # for `plan`
@@ -39,6 +39,8 @@ class FilterResponseNorm(ChannelAffine):
 
     def __init__(self, layer: _BatchNorm, eps: float = 1e-6, learn_eps: bool = False) -> None:
         super().__init__(layer)
+        check_eps(eps)
+        check_flag(learn_eps, "learn_eps")
         like = tensor_of(layer)
         self.tau = nn.Parameter(like.new_zeros(self.num_features))
         self.eps = nn.Parameter(like.new_tensor(eps)) if learn_eps else eps

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..distributed.exchange import note_eval
 from ..local import evaluate
 from ..ops.checks import check_input
-from ..ops.reference import Running, batch_statistics
+from ..ops.reference import Running
 from ..plain.batch import join
 from .batchnorm import SyncBatchNorm
 
@@ -52,11 +52,9 @@ class MeanOnlyBatchNorm(SyncBatchNorm):
         check_input(input, self.bias, self.running_mean, self.eps, self.num_features)
         group, name = self._group_and_name()
         batch = join(input, self.eps, self.momentum, group, name, mask)
-        if self.running_mean is not None and not batch.is_again:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if self.running_mean is not None:
             unused = torch.zeros_like(self.running_mean)
-            running = Running(self.running_mean, unused, self.num_batches_tracked, self.momentum)
-            batch_statistics(batch.summed.detach(), running, self.eps, is_empty=True)
+            batch.move(Running(self.running_mean, unused, self.num_batches_tracked, self.momentum))
         mean = batch.mean_var()[0]
         return batch.scale(mean, torch.ones_like(mean), self.bias)
 

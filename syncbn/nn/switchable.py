@@ -9,7 +9,7 @@ from ..distributed.exchange import note_eval
 from ..distributed.groups import ProcessGroupLike
 from ..ops.checks import check_input
 from ..ops.layout import SUM_DTYPE
-from ..ops.reference import Running, batch_statistics
+from ..ops.reference import Running
 from ..plain.batch import join
 from .batchnorm import SyncBatchNorm
 
@@ -83,14 +83,15 @@ class SwitchableNorm(SyncBatchNorm):
             return self._mix(input, self.running_mean.double(), self.running_var.double())
         group, name = self._group_and_name() if self.training else (None, "eval")
         batch = join(input, self.eps, self.momentum, group, name)
-        if self.training and self.num_batches_tracked is not None and not batch.is_again:
-            self.num_batches_tracked.add_(1)
-            running = Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
-            batch_statistics(batch.summed.detach(), running, self.eps, is_empty=True)
+        if self.training:
+            batch.move(Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum))
         return self._mix(input, *batch.mean_var())
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """Compute p ("mean") and q ("var") by kind of statistics; of ``(N, C)`` inputs without "IN"."""
+        """Compute p ("mean") and q ("var") by kind of statistics.
+
+        "IN" is left out once the last input in eager mode was ``(N, C)``; a compiled layer does not note its inputs.
+        """
         kinds = KINDS[1:] if self._last_dims == 2 else KINDS
         weights = {"mean": self.mean_weight, "var": self.var_weight}
         shares = {name: weight.detach().double()[-len(kinds) :].softmax(0) for name, weight in weights.items()}

@@ -13,7 +13,7 @@ from .. import private
 from ..distributed.exchange import DifferentiableSum
 from ..ops.checks import refuse_count
 from ..ops.layout import SUM_DTYPE, per_channel
-from ..ops.reference import moments
+from ..ops.reference import Running, batch_statistics, moments
 from .mask import Weights, check_mask, weights_of
 
 
@@ -31,6 +31,14 @@ class Batch(NamedTuple):
         """Compute mean and biased variance, ``(C,)``; zeros of a batch without values."""
         mean, sqdev = moments(self.summed)
         return mean, sqdev / self.summed[-1].clamp(min=1)
+
+    def move(self, running: Running) -> None:
+        """Count the batch and move the running statistics, but not again in a recomputation."""
+        if self.is_again:
+            return
+        if running.num_batches_tracked is not None:
+            running.num_batches_tracked.add_(1)
+        batch_statistics(self.summed.detach(), running, 1.0, is_empty=True)  # nobody uses the invstd of this eps
 
     def scale(self, mean: Tensor, slope: Tensor, bias: Tensor | None) -> Tensor:
         """Compute ``y = (x - mean) * slope + bias`` with ``(C,)`` each, in the dtype of x; 0 in padding."""

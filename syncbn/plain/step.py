@@ -3,11 +3,12 @@
 Slower than `ops.autograd`, and more general: it serves masks, torch.func (grad, vjp, jvp, vmap) and forward-mode AD.
 """
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..ops.checks import check_input
-from ..ops.reference import Running, batch_statistics
+from ..ops.reference import Running
 from .batch import join
 
 
@@ -29,9 +30,7 @@ def plain_step(
     """
     check_input(x, weight, running.mean, eps, num_features)
     batch = join(x, eps, running.momentum, group, name, mask)
-    if not batch.is_again:
-        if running.num_batches_tracked is not None:
-            running.num_batches_tracked.add_(1)
-        batch_statistics(batch.summed.detach(), running, eps, is_empty=True)
-    mean, invstd = batch_statistics(batch.summed, Running(), eps, is_empty=True)[:-1].chunk(2)
+    batch.move(running)
+    mean, var = batch.mean_var()
+    invstd = torch.rsqrt(var + eps)
     return batch.scale(mean, invstd if weight is None else invstd * weight, bias)

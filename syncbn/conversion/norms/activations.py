@@ -1,5 +1,6 @@
 """Norms that contain an activation, so that the one behind the layer is taken away: found here, and given back."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ def take_activations(root: nn.Module, decisions: list[tuple[nn.Module, Decision]
 
     Known is the activation of a fused layer, as timm's, an activation module that follows the layer in an
     nn.Sequential, and what `third_party.activation_behind` knows, if the model has each of the two in that place
-    alone. One with parameters stays.
+    alone. One with parameters stays. Warns if none is known behind any, of norms that do nothing without it.
     """
     names = {module: name for name, module in root.named_modules()}
     places: Places = {}
@@ -65,6 +66,18 @@ def take_activations(root: nn.Module, decisions: list[tuple[nn.Module, Decision]
         decision.row = decision.row._replace(reason=f"with {new.ACTIVATION}, in place of {cls.__name__}")
         row = PlanRow(names[found], cls.__name__, "Identity", f"contained in {decision.row.name or 'the norm'}")
         decision.companions.append(TakenActivation(row, found, cls))
+    _warn_of_none([decision for _, decision in decisions if decision.action is Action.REPLACE], str(target.norm))
+
+
+def _warn_of_none(new: list[Decision], norm: str) -> None:
+    if norm == "frn" or not new or any(decision.companions for decision in new):
+        return  # FRN normalizes without it, too
+    warnings.warn(
+        f"norm {norm!r} leaves the model without normalization: no activation module is known directly behind "
+        f"{', '.join(decision.row.name or '(the module itself)' for decision in new)}, which become weight and bias "
+        "alone. A class of your own says which it is by an attribute, as in activation_behind = {'norm1': 'act1'}.",
+        stacklevel=5,  # at the caller of plan or convert
+    )
 
 
 def _behind(layer: nn.Module, places: Places, classes: dict[nn.Module, type[nn.Module]]) -> nn.Module | None:

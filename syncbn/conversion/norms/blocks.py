@@ -38,8 +38,10 @@ def register_block(
         shortcut: The name of the shortcut's module; where a block has none, or nn.Identity, it is the input itself.
 
     Raises:
-        ValueError: Unless there are at least two convolutions, and as many norms.
+        ValueError: For what is no class of modules; unless there are at least two convolutions, and as many norms.
     """
+    if not (isinstance(block_class, type) and issubclass(block_class, nn.Module)):
+        raise ValueError(f"register_block: expected a class of modules, got {block_class!r}.")
     if isinstance(convs, str) or isinstance(norms, str) or len(convs) != len(norms) or len(convs) < 2:
         raise ValueError(
             "register_block: expected the names of at least two convolutions and of the norm behind each, got "

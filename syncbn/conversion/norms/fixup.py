@@ -14,6 +14,7 @@ from ..original import original_of
 from ..rules import Action, Decision, Target
 from . import registry
 from .blocks import CONVS, known, parts_of, problem_of
+from .parametrized import ParametrizedWeight
 
 
 class _Turned(Companion):
@@ -81,6 +82,11 @@ def add_companions(root: nn.Module, decisions: list[tuple[nn.Module, Decision]],
     if any((original := original_of(layer)) is not None and original.norm == key for layer in family):
         _refuse(new.values(), "other layers are FixUp's, drawn for their number of blocks: revert them first.")
         return
+    for original in filter(None, map(original_of, new)):
+        if any(isinstance(companion, ParametrizedWeight) for companion in original.companions):
+            assert original.norm is not None
+            _refuse(new.values(), f"layers are parametrized by norm {original.norm[0]!r}: revert first.")
+            return
     blocks = _find_blocks(root, new)
     inside = {layer for block in blocks for layer in block.module.modules()}
     outside = {layer: decision for layer, decision in new.items() if layer not in inside}

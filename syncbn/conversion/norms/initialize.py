@@ -25,12 +25,13 @@ def initialize_weight_norm(model: M, batch: Any) -> M:
 
     In one forward pass without gradients, layer by layer as they run: with t the output of the parametrized layer, and
     its mean and biased variance per channel over the batch on all ranks, ``g <- g / std`` and ``bias <- -mean / std``,
-    so that the layer and its bias give mean 0 and variance 1; the pass goes on with that. v takes the weight's value,
-    ``|v| = g``, so that the direction learns at the rate of a weight: the gradient of a shorter v is larger. With
-    ``mean_only`` the mean is subtracted anyway, and only g and v are set. A channel that does not vary keeps its g. A
-    layer that runs twice is set by its first run. Modes of modules are used as they are; buffers and the random state
-    are put back. Compiled modules run eagerly. Call it before the first step, on real data; a checkpoint that is
-    loaded later overwrites it.
+    so that the layer and its bias give mean 0 and variance 1; the pass goes on with that. Where the BatchNorm was not
+    directly behind the layer, as in ``norm(x + conv(h))``, that holds for ``conv(h)`` and not for the sum. v takes the
+    weight's value, ``|v| = g``, so that the direction learns at the rate of a weight: the gradient of a shorter v is
+    larger. With ``mean_only`` the mean is subtracted anyway, and only g and v are set. A channel that does not vary
+    keeps its g. A layer that runs twice is set by its first run. Modes of modules are used as they are; buffers and
+    the random state are put back. Compiled modules run eagerly. Call it before the first step, on real data; a
+    checkpoint that is loaded later overwrites it.
 
     Collectives: those of the model, then one exchange of 2C + 1 numbers over the world for each layer: all ranks get
     the same values, those of one process with the joined batch, for any split of it, also with empty ranks. Source:

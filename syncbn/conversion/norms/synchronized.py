@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...nn.affine import ChannelBias
+from ...nn.affine import ChannelBias, check_flag
 from ...nn.evonorm_b0 import EvoNormB0
 from ...nn.mean_only import MeanOnlyBatchNorm
 from ...nn.renorm import NO_WARMUP, BatchRenorm
@@ -55,6 +55,7 @@ def weightnorm(layer: _BatchNorm, mean_only: bool = False, process_group: Any = 
     Raises:
         ValueError: If ``process_group`` is given and nothing is to be shared.
     """
+    check_flag(mean_only, "mean_only")
     if mean_only:
         return MeanOnlyBatchNorm(layer, _group_of(layer, process_group))
     if process_group is not None:

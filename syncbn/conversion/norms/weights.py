@@ -57,7 +57,7 @@ def add_standardization(root: nn.Module, decisions: list[tuple[nn.Module, Decisi
         for norm, (name, layer) in pairs_of(root).items()
         if isinstance(layer, _ConvNd) and not _has_fan_in_of_one(layer)
     }
-    _add(decisions, pairs, StandardizedWeight, "weight standardized", problem)
+    _add(root, decisions, pairs, StandardizedWeight, "weight standardized", problem)
 
 
 def add_weight_norm(root: nn.Module, decisions: list[tuple[nn.Module, Decision]], target: Target) -> None:
@@ -72,7 +72,8 @@ def add_weight_norm(root: nn.Module, decisions: list[tuple[nn.Module, Decision]]
             return "shares its weight with another layer"
         over = [dim for dim in range(weight.dim()) if dim != output_dim(layer)]
         num_zero = 0 if weight.is_meta else int((weight.detach() == 0).all(over).sum()) if over else 0
-        return f"has {num_zero} output channels whose weight is 0, without a direction" if num_zero else None
+        zero = f"has {num_zero} output channels whose weight is 0, without a direction: initialize or train them first"
+        return zero if num_zero else None
 
     pairs = pairs_of(root)
     for norm, decision in decisions:
@@ -80,22 +81,30 @@ def add_weight_norm(root: nn.Module, decisions: list[tuple[nn.Module, Decision]]
             what = f"a convolution or linear layer of {_num_channels(norm)} outputs"
             reason = f"expected {what} registered just before it, which takes over its scale, and found none"
             _refuse(decision, reason)
-    _add(decisions, pairs, NormalizedWeight, "weight normalized", problem)
+    _add(root, decisions, pairs, NormalizedWeight, "weight normalized", problem)
 
 
 def _add(
+    root: nn.Module,
     decisions: list[tuple[nn.Module, Decision]],
     pairs: _Pairs,
     kind: type[ParametrizedWeight],
     what: str,
     problem: Callable[[_Layer], str | None],
 ) -> None:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
     for norm, decision in decisions:
         if decision.action is not Action.REPLACE or norm not in pairs:
             continue
         name, layer = pairs[norm]
         original = original_of(norm)
         ours = () if original is None else [companion.module for companion in original.companions]
+        if len(names[norm]) > len(names[layer]):
+            aliases = " and ".join(names[norm])
+            _refuse(decision, f"one layer, {name}, would change for what is several in the model: {aliases}")
+            continue
         found = _why_not(layer, layer in ours) or problem(layer)
         if found is not None:
             _refuse(decision, f"its {type(layer).__name__} {name} {found}")
