@@ -317,6 +317,26 @@ def test_a_module_says_which_activation_is_behind_which_norm():
     assert [type(part.relu) for part in m] == [nn.ReLU, nn.ReLU]
 
 
+@pytest.mark.parametrize("norm", ["frn", "evonorm_s0", "evonorm_b0"])
+def test_a_layer_by_itself_has_its_activation(norm):
+    options = {"num_groups": 2} if norm == "evonorm_s0" else {}
+    layer = nn.BatchNorm2d(4)
+    assert syncbn.plan(layer, norm, **options)[0].reason.startswith("with ")
+    x = torch.randn(3, 4, 5, 5)
+    y = syncbn.convert(layer, norm, **options)(x)
+    in_a_model = syncbn.convert(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), norm, **options)
+    torch.testing.assert_close(y, in_a_model(x), rtol=0, atol=0)
+    fused = syncbn.convert(timm_fused(), norm, **options)
+    torch.testing.assert_close(fused(x), y, rtol=0, atol=0)
+    assert type(syncbn.revert(layer)) is nn.BatchNorm2d
+
+
+def timm_fused():
+    import timm
+
+    return timm.layers.BatchNormAct2d(4)
+
+
 def test_an_activation_that_may_serve_elsewhere_stays():
     shared, patched, norm = nn.ReLU(), nn.ReLU(), nn.BatchNorm1d(4)
     patched.forward = torch.relu
@@ -328,7 +348,6 @@ def test_an_activation_that_may_serve_elsewhere_stays():
         nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.ReLU()),
         Skipping(nn.BatchNorm1d(4), nn.ReLU()),
         nn.ModuleList([nn.BatchNorm1d(4), nn.ReLU()]),
-        nn.BatchNorm1d(4),
     ]
     for case in cases:
         classes = [type(module) for module in case.modules() if not isinstance(module, nn.BatchNorm1d)]

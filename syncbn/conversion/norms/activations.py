@@ -43,7 +43,8 @@ def take_activations(root: nn.Module, decisions: list[tuple[nn.Module, Decision]
 
     Known is the activation of a fused layer, as timm's, an activation module that follows the layer in an
     nn.Sequential, and what `third_party.activation_behind` knows, if the model has each of the two in that place
-    alone. One with parameters stays. Warns if none is known behind any, of norms that do nothing without it.
+    alone. One with parameters stays. A layer that is converted by itself is not without. Warns if none is known behind
+    any, of norms that do nothing without it.
     """
     names = {module: name for name, module in root.named_modules()}
     places: Places = {}
@@ -58,6 +59,9 @@ def take_activations(root: nn.Module, decisions: list[tuple[nn.Module, Decision]
             continue
         new: Any = decision.new
         found = _behind(layer, places, classes)
+        if found is None and layer is root and "act" not in layer._modules:
+            decision.row = decision.row._replace(reason=f"with {new.ACTIVATION}")
+            continue
         if found is None:
             new.remove_activation()
             decision.row = decision.row._replace(reason=f"{new.WITHOUT}: no activation module directly behind it")
@@ -70,11 +74,11 @@ def take_activations(root: nn.Module, decisions: list[tuple[nn.Module, Decision]
 
 
 def _warn_of_none(new: list[Decision], norm: str) -> None:
-    if norm == "frn" or not new or any(decision.companions for decision in new):
+    if norm == "frn" or not new or any(d.companions or not d.row.name for d in new):
         return  # FRN normalizes without it, too
     warnings.warn(
         f"norm {norm!r} leaves the model without normalization: no activation module is known directly behind "
-        f"{', '.join(decision.row.name or '(the module itself)' for decision in new)}, which become weight and bias "
+        f"{', '.join(decision.row.name for decision in new)}, which become weight and bias "
         "alone. A class of your own says which it is by an attribute, as in activation_behind = {'norm1': 'act1'}.",
         stacklevel=5,  # at the caller of plan or convert
     )
