@@ -261,6 +261,7 @@ def test_a_part_without_its_base_has_no_ratios_to_it():
     assert len({len(line) for line in [by_case.columns, *by_case.rows]}) == 1
 
 
+@pytest.mark.slow
 def test_rows_of_the_step():
     rows = training_step.measure(composed())
     assert [row["contender"] for row in rows] == ["plain", "bare", "reference", "gather"]
@@ -314,6 +315,7 @@ def test_tables_as_text():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_peak_of_a_step_in_a_fresh_process():
     rows = memory.measure(composed())
     assert [(row["kind"], row["contender"]) for row in rows] == [

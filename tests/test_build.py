@@ -56,6 +56,7 @@ def test_the_cache_is_used_until_something_changes(source, home, builds, monkeyp
     assert len(set(builds)) == 4
 
 
+@pytest.mark.slow
 def test_processes_that_start_together(source, home):
     code = "import pathlib, sys; from syncbn import build; print(build.load(pathlib.Path(sys.argv[1])).number())"
     env = os.environ | {"PYTHONPATH": str(Path(syncbn.__file__).parents[1])}

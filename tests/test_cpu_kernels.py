@@ -727,7 +727,13 @@ def undecided(patch):
         yield inner
 
 
-@pytest.mark.parametrize("phase", ["forward_reduce", "forward_apply", "backward_reduce", "backward_apply"])
+@pytest.mark.parametrize(
+    "phase",
+    [
+        "forward_apply",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("forward_reduce", "backward_reduce", "backward_apply")),
+    ],
+)
 def test_wrong_results_are_found(monkeypatch, phase):
     x, right = torch.ones(2, 3), getattr(cpu.CpuKernels, phase)
 
@@ -823,6 +829,7 @@ print([type(k).__name__ for k in backends.kernels_of.values()][-1])
 """
 
 
+@pytest.mark.slow
 def test_the_first_step_of_a_process_may_be_in_inference_mode():
     result = subprocess.run([sys.executable, "-c", INFERENCE_FIRST], capture_output=True, text=True, timeout=100)
     assert result.stdout.strip() == "CpuKernels", result.stderr

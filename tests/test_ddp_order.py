@@ -302,6 +302,7 @@ def compiled_in_ddp(rank, world_size, plan, which):
 
 
 @pytest.mark.parametrize("which", ["norms", "model", "ddp"])
+@pytest.mark.slow
 def test_compiled_models(run, which):
     expected = one_process(2, [SEVERAL] * 2)
     for found, ranks in run(compiled_in_ddp, 2, [SEVERAL] * 2, which, timeout=180):

@@ -81,6 +81,7 @@ def test_segmentation_agrees(tmp_path, monkeypatch, norm):
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
+@pytest.mark.slow
 def test_each_kind_by_hand(tmp_path, monkeypatch):
     """From the checkpoint alone, with nn.BatchNorm: W=2 ranks of 3 images, test images left over at the end."""
     plan = BatchPlan(3, 2)

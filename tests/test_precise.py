@@ -451,6 +451,7 @@ def test_a_fit_is_not_disturbed_and_validates_with_precise_statistics(run, tmp_p
         check(results, step, min(4, num_batches))
 
 
+@pytest.mark.slow
 def test_persistent_workers_are_not_disturbed(tmp_path):
     at = both_fits(0, 1, str(tmp_path), {"num_workers": 1, "persistent_workers": True}, {"val_check_interval": 1 / 2})
     assert list(at) == [0, 3, 6, 9, 12]

@@ -544,6 +544,7 @@ def train_and_look_early(rank, world_size, folder, num_looks, *overrides):
         train_as_rank(rank, world_size, folder, [], *overrides)
 
 
+@pytest.mark.slow
 def test_ranks_that_look_while_an_earlier_run_still_writes(run, tmp_path):
     path, stop = tmp_path / "run" / "checkpoints" / LAST, f"run_dir={tmp_path / 'run'}"
     run(train_as_rank, 2, tmp_path, [], "+norm=bn", stop)

@@ -158,7 +158,7 @@ def test_what_is_not_finite_stays_in_its_channel():
     torch.testing.assert_close(buffers[:2], buffers[2:], equal_nan=True)
 
 
-@pytest.mark.parametrize("layout", [None, torch.channels_last])
+@pytest.mark.parametrize("layout", [pytest.param(None, marks=pytest.mark.slow), torch.channels_last])
 def test_any_number_of_programs_adds_up_to_the_same(layout):
     """And leaves the counters at 0, in memory that all launches of a stream share."""
     x, dy = laid_out(torch.randn(5, 6, 30, 30), layout), torch.randn(5, 6, 30, 30)
@@ -479,6 +479,7 @@ def test_the_layer_on_ranks(run, dtype):
 @hypothesis.seed(SEED)
 @settings(COMMON, max_examples=4)
 @given(batch=programs(3).map(lambda p: (3, [replace(p, kernels=(("triton", "triton"),) * 3)])))
+@pytest.mark.slow
 def test_programs_equal_one_process(ranks, batch):
     check_programs(ranks, batch)
 
