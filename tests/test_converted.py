@@ -120,6 +120,7 @@ def saved(model):
     return stream.getvalue()
 
 
+@pytest.mark.slow
 def test_another_process_loads_a_converted_layer():
     subprocess.run([sys.executable, "-c", LOAD], input=saved(syncbn.convert(fused())), check=True)
 

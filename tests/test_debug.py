@@ -270,6 +270,7 @@ def cross_groups(rank, world_size):
             return caught(world if rank == 1 else mine, torch.randn(3, 2))
 
 
+@pytest.mark.slow
 def test_a_rank_in_another_group_is_named(run):
     messages = run(cross_groups, 4)
     assert "call 1 of group 1 (ranks 0-1):\n  rank 1: last" in messages[0]

@@ -178,6 +178,7 @@ def compiled_group(rank, world_size):
     return y.detach(), layer.running_mean.clone()
 
 
+@pytest.mark.slow
 def test_compile_with_subgroups_made_while_tracing(run):
     results = run(compiled_group, 4, timeout=120)
     for rank in range(4):

@@ -67,7 +67,7 @@ def program(missing, first, used):
 @pytest.mark.parametrize(
     ("missing", "first", "used"),
     [
-        ("lightning", "", "pytorch_lightning"),
+        pytest.param("lightning", "", "pytorch_lightning", marks=pytest.mark.slow),
         pytest.param("pytorch_lightning,lightning_fabric", "", "lightning.pytorch", marks=pytest.mark.slow),
         pytest.param("", "pytorch_lightning", "lightning.pytorch", marks=pytest.mark.slow),
         pytest.param("", "lightning.pytorch", "pytorch_lightning", marks=pytest.mark.slow),
