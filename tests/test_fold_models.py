@@ -88,10 +88,11 @@ def check(model, args, expected=None):
         assert len(stayed) == expected
     with torch.no_grad():
         before, after = tensors(model(*args)), tensors(folded(*args))
+    magnifies = any("magnifies rounding" in str(warning.message) for warning in caught)  # in float64 they agree
     for a, b in zip(after, before, strict=True):
         assert torch.isfinite(b).all()
         assert b.std() > 1e-3 * b.abs().max()  # an output that says something
-        assert (a - b).abs().max() <= 1e-5 * (b.max() - b.min())
+        assert (a - b).abs().max() <= (1e-4 if magnifies else 1e-5) * (b.max() - b.min())
     said = "\n".join(str(warning.message) for warning in caught if "these stayed" in str(warning.message))
     listed = {name.strip() for line in said.splitlines()[1:] for name in line.split(":")[0].split(",")}
     assert listed == stayed
