@@ -42,12 +42,12 @@ class ChannelAffine(nn.Module):
 
 
 def scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Compute ``x * weight + bias`` per channel, with those that are there."""
+    """Compute ``x * weight + bias`` per channel; a None stands for 1 or 0."""
     y = x if weight is None else x * per_channel(weight, x)
     return y if bias is None else y + per_channel(bias, y)
 
 
-def tensor_of(layer: _BatchNorm) -> Tensor:
+def tensor_of(layer: nn.Module) -> Tensor:
     """Return a tensor that shows the device and dtype of ``layer``, such as its weight."""
     return next((t for t in chain(layer.parameters(), layer.buffers()) if t.is_floating_point()), torch.empty(0))
 

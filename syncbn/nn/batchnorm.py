@@ -103,9 +103,12 @@ class SyncBatchNorm(BatchNorm):
 
     def _evaluate(self, x: Tensor, mask: Tensor | None) -> Tensor:
         check_input(x, self.weight, self.running_mean, None, self.num_features)
+        self._note_eval()
+        return evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, mask)
+
+    def _note_eval(self) -> None:
         if not torch.compiler.is_compiling():
             note_eval(self._layer_name or f"SyncBatchNorm({self.num_features})")
-        return evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, mask)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Note the dimensions; a class of converted layers checks them instead, as nn.BatchNorm2d wants 4."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..distributed.exchange import note_eval
 from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..ops.checks import check_input
 from ..ops.layout import SUM_DTYPE, per_channel
@@ -82,8 +81,7 @@ class EvoNormB0(SyncBatchNorm):
     def _var_of_batch(self, x: Tensor) -> Tensor:
         """Return the variance to normalize with, ``(C,)``; in training the running statistics move."""
         if not self.training:
-            if not torch.compiler.is_compiling():
-                note_eval(self._layer_name or f"EvoNormB0({self.num_features})")
+            self._note_eval()
             if self.running_var is not None:
                 return self.running_var
         group, name = self._group_and_name() if self.training else (None, "")

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .affine import tensor_of
+
 _SCALAR = re.compile(r"bias\d+[ab]?|scale")
 
 
@@ -32,7 +34,7 @@ class NoNorm(nn.Identity):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        like = next((t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()), torch.empty(0))
+        like = tensor_of(layer)
         self.register_buffer("like", torch.empty(0, device=like.device, dtype=like.dtype), persistent=False)
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..distributed.exchange import note_eval
 from ..local import evaluate
 from ..ops.checks import check_input
 from ..ops.reference import Running
 from ..plain.batch import join
+from .affine import tensor_of
 from .batchnorm import SyncBatchNorm
 
 _NOTHING = 1e-30  # an eps that leaves a variance of 1 as it is
@@ -31,7 +31,7 @@ class MeanOnlyBatchNorm(SyncBatchNorm):
     """
 
     def __init__(self, layer: _BatchNorm, process_group: Any = None) -> None:
-        like = next((t for t in (layer.weight, layer.bias, layer.running_mean) if t is not None), torch.empty(0))
+        like = tensor_of(layer)
         tracks = layer.track_running_stats
         options = layer.eps, layer.momentum, True, tracks, process_group, like.device, like.dtype
         super().__init__(layer.num_features, *options)
@@ -60,8 +60,7 @@ class MeanOnlyBatchNorm(SyncBatchNorm):
 
     def _evaluate(self, x: Tensor, mask: Tensor | None) -> Tensor:
         check_input(x, self.bias, self.running_mean, None, self.num_features)
-        if not torch.compiler.is_compiling():
-            note_eval(self._layer_name or f"SyncBatchNorm({self.num_features})")
+        self._note_eval()
         if self.running_mean is None:
             batch = join(x, self.eps, self.momentum, None, "eval", mask)
             mean = batch.mean_var()[0]

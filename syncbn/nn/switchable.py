@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.exchange import note_eval
 from ..distributed.groups import ProcessGroupLike
 from ..ops.checks import check_input
 from ..ops.layout import SUM_DTYPE
@@ -76,8 +75,7 @@ class SwitchableNorm(SyncBatchNorm):
         uses_batch = self.training or self.running_mean is None
         check_input(input, self.weight, self.running_mean, self.eps if uses_batch else None, self.num_features)
         if not uses_batch:
-            if not torch.compiler.is_compiling():
-                note_eval(self._layer_name or f"SwitchableNorm({self.num_features})")
+            self._note_eval()
             assert self.running_mean is not None
             assert self.running_var is not None
             return self._mix(input, self.running_mean.double(), self.running_var.double())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...nn.affine import ChannelBias, check_flag
+from ...nn.affine import ChannelBias, check_flag, tensor_of
 from ...nn.evonorm_b0 import EvoNormB0
 from ...nn.mean_only import MeanOnlyBatchNorm
 from ...nn.renorm import NO_WARMUP, BatchRenorm
@@ -77,7 +77,7 @@ def _group_of(layer: _BatchNorm, given: Any) -> Any:
 
 def _like(layer: _BatchNorm, process_group: Any, momentum: float | None) -> dict[str, Any]:
     """Return the constructor's arguments of a layer like ``layer``, in its process group if none is given."""
-    like = next((t for t in (layer.weight, layer.running_mean) if t is not None), None)
+    like = tensor_of(layer)
     return {
         "num_features": layer.num_features,
         "eps": layer.eps,
@@ -86,6 +86,6 @@ def _like(layer: _BatchNorm, process_group: Any, momentum: float | None) -> dict
         "bias": layer._parameters.get("bias") is not None,
         "track_running_stats": layer.running_mean is not None,
         "process_group": _group_of(layer, process_group),
-        "device": None if like is None else like.device,
-        "dtype": None if like is None else like.dtype,
+        "device": like.device,
+        "dtype": like.dtype,
     }
