@@ -161,7 +161,12 @@ def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
     evaluations = evaluate(trainer, task, data, list(config.evaluate))
     if world.rank == 0:
         about = {"arm": norm_config.name_of(config.norm), "seed": config.seed, "simulate": world.simulate}
-        results = {**about, **report.summarize_tests(task, evaluations, data.eval_split), **training, **shares.summarize(task.net)}
+        results = {
+            **about,
+            **report.summarize_tests(task, evaluations, data.eval_split),
+            **training,
+            **shares.summarize(task.net),
+        }
         report.write_results(folder, results)
         report.print_table(results, folder)
 
