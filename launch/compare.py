@@ -91,9 +91,15 @@ def finish(
     tried = [row for selection in selections for row in selection.rows(results.rows)]
     arguments = [a for a in sys.argv[1:] if not a.startswith("output_dir=")]
     command = shlex.join(["python", "launch/compare.py", *arguments])
-    about = {"title": "Normalization at small per-rank batches", "command": command, "missing": len(cells) - len(rows)}
-    planned = [tuple(pair) for pair in config.planned]
-    path = page.write_report([*tried, *rows], Path(str(config.output_dir)), planned=planned, **about)
+    planned = [(str(first), str(second)) for first, second in config.planned]
+    path = page.write_report(
+        [*tried, *rows],
+        Path(str(config.output_dir)),
+        title="Normalization at small per-rank batches",
+        command=command,
+        planned=planned,
+        missing=len(cells) - len(rows),
+    )
     terminal_table.print_table(rows, console, planned)
     console.print(f"report: {path}", markup=False, soft_wrap=True)
     return sum(row["status"] == "failed" for row in rows)

@@ -161,12 +161,8 @@ def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
     evaluations = evaluate(trainer, task, data, list(config.evaluate))
     if world.rank == 0:
         about = {"arm": norm_config.name_of(config.norm), "seed": config.seed, "simulate": world.simulate}
-        results = {
-            **about,
-            **report.summarize_tests(task, evaluations, data.eval_split),
-            **training,
-            **shares.summarize(task.net),
-        }
+        tests = report.summarize_tests(task, evaluations, data.eval_split)
+        results = {**about, **tests, **training, **shares.summarize(task.net)}
         report.write_results(folder, results)
         report.print_table(results, folder)
 

@@ -7,18 +7,8 @@ from typing import Any
 
 from experiment.comparison.results_table import ResultsTable, Row
 
-FIRST = (
-    "cell",
-    "status",
-    "reason",
-    "candidate",
-    "arm",
-    "label",
-    "per_rank_batch_size",
-    "world_size",
-    "group_size",
-    "seed",
-)
+POINT = ("arm", "label", "per_rank_batch_size", "world_size", "group_size", "seed")
+FIRST = ("cell", "status", "reason", "candidate", *POINT)
 SUMMARY = (
     "label",
     "world_size",

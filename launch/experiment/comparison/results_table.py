@@ -74,9 +74,7 @@ class ResultsTable:
     @property
     def once_per_seed(self) -> list[str]:
         """The arms whose results do not depend on the batch of a rank."""
-        return [
-            label for label in self.labels if any(r.get("once_per_seed") for r in self.done if r["label"] == label)
-        ]
+        return list(dict.fromkeys(row["label"] for row in self.done if row.get("once_per_seed")))
 
     @property
     def labels(self) -> list[str]:

@@ -4,7 +4,6 @@ Each arm tries every rate of a grid, with every one of its options (such as the 
 its own. Where the best rate is the lowest or highest of its grid, the grid is continued. No test image is read.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -51,10 +50,9 @@ def check(config: DictConfig) -> None:
     factors = select.lr_factors
     if not OmegaConf.is_list(factors) or len(set(factors)) < 2 or not all(map(_is_positive, factors)):
         raise ValueError(f"expected select_lr.lr_factors to be two or more, each above 0, got {factors!r}")
-    if not _is_positive(config.task.get("lr")):
-        raise ValueError(
-            f"expected task.lr to be a learning rate, which select_lr varies, got {config.task.get('lr')!r}"
-        )
+    lr = config.task.get("lr")
+    if not _is_positive(lr):
+        raise ValueError(f"expected task.lr to be a learning rate, which select_lr varies, got {lr!r}")
     for name, least in (("seed", 0), ("per_rank_batch_size", 1), ("max_epochs", 1), ("widen", 0)):
         value = select[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -125,9 +123,7 @@ class ArmSelection:
         best = min(scores, key=lambda candidate: (*scores[candidate], candidate.rate))
         if math.isinf(scores[best][0]):
             reasons = "; ".join(f"{cell.id}: {rows[cell.id].get('reason')}" for _, cell in self._known(rows))
-            raise ValueError(
-                f"no learning rate can be chosen for {self.like.arm}, since none came to an end: {reasons}"
-            )
+            raise ValueError(f"no learning rate can be chosen for {self.like.arm}, since no run ended: {reasons}")
         return best
 
     def rows(self, rows: Mapping[str, Row]) -> list[Row]:

@@ -49,7 +49,7 @@ def warnings(results: ResultsTable, missing: int) -> list[str]:
         found.append(f"The chosen learning rate lies at the edge of its grid for {', '.join(edges)}.")
     if not all(row.get("selection") for row in results.done):
         found.append(
-            "Learning rates were not chosen for each arm: one whose rate suits it badly looks worse than it is."
+            "No learning rate was chosen per arm: an arm that the common one suits badly looks worse than it is."
         )
     without = [r["cell"] for r in results.done if any(_is_lost(m) for m in (r.get("evaluations") or {}).values())]
     if without:

@@ -80,8 +80,8 @@ def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
 def seeds_to_settle(found: Interval, significance: float, margin: float, power: float = 0.8) -> int | None:
     """Tell how many seeds would settle a paired difference, if its mean and spread are those found.
 
-    The least n at which the two-sided t test has this power, by Student's noncentral t, or the 95 % interval is expected
-    within plus or minus `margin`; None beyond 10 000, or without a spread to judge by.
+    The least n at which the two-sided t test has this power, by Student's noncentral t, or the 95 % interval is
+    expected within plus or minus `margin`; None beyond 10 000, or without a spread to judge by.
     """
     if found.half is None or found.half == 0:
         return None
