@@ -80,7 +80,8 @@ def choose(selections: Sequence[ArmSelection], results: Results, run: Callable[[
     """Run the selection of every arm to its end, and give what was chosen."""
     while todo := [cell for selection in selections for cell in selection.next(results.rows)]:
         run(todo)
-    return {selection.like.arm: selection.choice(results.rows) for selection in selections}
+    found = {selection.like.arm: selection.choice(results.rows) for selection in selections}
+    return {arm: choice for arm, choice in found.items() if choice is not None}  # else the cells tell what fails
 
 
 def finish(
@@ -132,7 +133,7 @@ def main(config: DictConfig) -> None:
 
         try:
             choices = choose(selections, results, run)
-            cells = [with_choice(cell, choices[cell.arm]) if choices else cell for cell in cells]
+            cells = [with_choice(cell, choices[cell.arm]) if cell.arm in choices else cell for cell in cells]
             for cell in cells:
                 if not is_done(results, cell):
                     results.rows.pop(cell.id, None)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiment.training.saved_settings import flatten
 
+NO_WORDS = ("true", "false", "null", "nan", "inf")  # in Hydra's grammar, without quotes
 GROUPS = ("data", "model", "task", "trainer", "logger")  # of launch/train.py; their settings go to every cell
 
 
@@ -40,7 +41,14 @@ def quoted(text: str) -> str:
 def value_text(value: Any) -> str:
     """Write a value for Hydra's grammar."""
     if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z_][\w.]*", value) else quoted(value)
+        is_word = re.fullmatch(r"[A-Za-z_][\w.]*", value) and value.lower() not in (
+            "true",
+            "false",
+            "null",
+            "nan",
+            "inf",
+        )
+        return value if is_word else quoted(value)
     if isinstance(value, list):
         return f"[{','.join(map(value_text, value))}]"
     if isinstance(value, dict):

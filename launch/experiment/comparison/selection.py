@@ -103,41 +103,32 @@ class ArmSelection:
         first = [Candidate(rate, options) for options in self.options for rate in self.grid]
         if missing := [c for c in map(self.cell, first) if c.id not in rows]:
             return missing
-        best = self.best(rows)
+        if (best := self.best(rows)) is None:
+            return []
         rates = self._rates(rows, best.options)
         if not self._is_at_edge(rows, best) or len(rates) - len(self.grid) >= self.settings.widen:
             return []
         return [self.cell(replace(best, rate=(self._below if best.rate == rates[0] else self._above)(best.rate)))]
 
-    def tried(self, rows: Mapping[str, Row]) -> dict[Candidate, float]:
-        """Give the validation error of what has run, infinite where it failed or is no number."""
-        return {candidate: _score(rows[cell.id])[0] for candidate, cell in self._known(rows)}
-
-    def best(self, rows: Mapping[str, Row]) -> Candidate:
-        """Give the candidate with the least validation error; of equal ones that with the least validation loss.
-
-        Raises:
-            ValueError: none came to a number.
-        """
+    def best(self, rows: Mapping[str, Row]) -> Candidate | None:
+        """Give the candidate of the least validation error, of equal ones the least loss; None if all failed."""
         scores = {candidate: _score(rows[cell.id]) for candidate, cell in self._known(rows)}
         best = min(scores, key=lambda candidate: (*scores[candidate], candidate.rate))
-        if math.isinf(scores[best][0]):
-            reasons = "; ".join(f"{cell.id}: {rows[cell.id].get('reason')}" for _, cell in self._known(rows))
-            raise ValueError(f"no learning rate can be chosen for {self.like.arm}, since no run ended: {reasons}")
-        return best
+        return None if math.isinf(scores[best][0]) else best
 
     def rows(self, rows: Mapping[str, Row]) -> list[Row]:
         """Give the rows of the candidates."""
         return [rows[cell.id] for _, cell in self._known(rows) if cell.id in rows]
 
-    def choice(self, rows: Mapping[str, Row]) -> dict[str, Any]:
-        """Say what was chosen and how, as each row of the results repeats it."""
-        best = self.best(rows)
+    def choice(self, rows: Mapping[str, Row]) -> dict[str, Any] | None:
+        """Say what was chosen and how, as each row of the results repeats it; None if all candidates failed."""
+        if (best := self.best(rows)) is None:
+            return None
         settings = ("seed", "per_rank_batch_size", "max_epochs")
         return {
             "lr": best.rate,
             "options": dict(best.options),
-            "val_error": self.tried(rows)[best],
+            "val_error": _score(rows[self.cell(best).id])[0],
             "rates": self._rates(rows, best.options),
             "at_edge": self._is_at_edge(rows, best),
             **{name: self.settings[name] for name in settings},

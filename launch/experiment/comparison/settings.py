@@ -47,9 +47,11 @@ def warnings(results: ResultsTable, missing: int) -> list[str]:
     edges = sorted({row["arm"] for row in results.done if (row.get("selection") or {}).get("at_edge")})
     if edges:
         found.append(f"The chosen learning rate lies at the edge of its grid for {', '.join(edges)}.")
-    if not all(row.get("selection") for row in results.done):
+    common = sorted({row["arm"] for row in results.done if not row.get("selection")})
+    if common:
         found.append(
-            "No learning rate was chosen per arm: an arm that the common one suits badly looks worse than it is."
+            f"No learning rate was chosen for {', '.join(common)}: an arm that the common one suits badly looks worse "
+            "than it is."
         )
     without = [r["cell"] for r in results.done if any(_is_lost(m) for m in (r.get("evaluations") or {}).values())]
     if without:
