@@ -122,9 +122,9 @@ def test_a_grid_runs_to_its_report(here, monkeypatch, capfd):
         arguments = (here / "out" / "cells" / cell / "log.txt").read_text()
         assert row["status"] == "done"
         assert row["command"].startswith(
-            "python launch/train.py data.num_train=640 model.width=8 trainer.max_epochs=4 +norm="
+            "OMP_NUM_THREADS=1 python launch/train.py data.num_train=640 model.width=8 trainer.max_epochs=4 +norm="
         )
-        for word in row["command"].split()[2:]:
+        for word in row["command"].split()[3:]:
             assert word.strip("'") in arguments
         assert row["arm"] == row["label"] == cell.split("-")[0]
         assert (row["engine"], row["isolate"]) == ("simulate", "accumulate")

@@ -64,6 +64,7 @@ class Running:
     process: subprocess.Popen[bytes]
     folder: Path
     slot: int
+    num_threads: int
     start: datetime = field(default_factory=datetime.now)
     clock: float = field(default_factory=time.monotonic)
 
@@ -129,7 +130,7 @@ def _start(cell: Cell, engine: str, root: Path, share: Share, slot: int) -> Runn
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    return Running(cell, process, folder, slot)
+    return Running(cell, process, folder, slot, share.num_threads)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -152,7 +153,7 @@ def _row(done: Running, engine: str) -> dict[str, Any]:
         "engine": engine,
         "start": done.start.isoformat(timespec="seconds"),
         "seconds": round(done.seconds, 1),
-        "command": shlex.join(command(done.cell, engine, num_processes)),
+        "command": f"OMP_NUM_THREADS={done.num_threads} {shlex.join(command(done.cell, engine, num_processes))}",
     }
     assert done.process.stdin is not None
     done.process.stdin.close()
