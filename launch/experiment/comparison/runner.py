@@ -64,7 +64,7 @@ class Running:
     process: subprocess.Popen[bytes]
     folder: Path
     slot: int
-    num_threads: int
+    num_threads: int = 1
     start: datetime = field(default_factory=datetime.now)
     clock: float = field(default_factory=time.monotonic)
 
