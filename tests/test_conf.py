@@ -5,8 +5,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from torch import nn
@@ -14,9 +15,10 @@ from torch import nn
 import syncbn
 from experiment.training.data import ImageData
 from experiment.training.models.classifiers import ResNet8
-from experiment.training.norm_config import count_forwards, make_converter
+from experiment.training.norm_config import arm_of, count_forwards, make_converter
 from experiment.training.sharding import BatchPlan
 from experiment.training.task import Task
+from syncbn.lightning import NormConverter
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -47,6 +49,7 @@ ARMS = {
     "brn": ("BatchRenorm", None),
     "sn": ("SwitchableNorm", None),
     "fixup": ("ScalarBias", None),
+    "frozen_from_precise": ("BatchNorm2d", None),
 }
 
 
@@ -114,7 +117,7 @@ def test_files_stay_small():
 
 def test_arms_differ_in_the_norm_alone():
     arms = [OmegaConf.to_container(composed(f"+norm={norm}")) for norm in ARMS]
-    assert all(arm.pop("norm").pop("_target_") == "syncbn.lightning.NormConverter" for arm in arms)
+    assert all(issubclass(get_class(arm.pop("norm").pop("_target_")), NormConverter) for arm in arms)
     assert all(arm == arms[0] for arm in arms)
 
 
@@ -124,6 +127,23 @@ def test_an_arm_converts_to_what_its_name_says(norm, wanted):
     model = ResNet8()
     syncbn.convert(model, converter.norm, **converter.options)
     assert (type(model[1]).__name__, converter.options["process_group"]) == wanted
+
+
+def test_results_name_the_arm_by_its_file(monkeypatch):
+    def arm(*overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", overrides=[*overrides, "hydra.job.num=0"], return_hydra_config=True)
+        monkeypatch.setattr(HydraConfig, "get", lambda: config.hydra)
+        return arm_of(config.norm)
+
+    assert arm_of(composed("+norm=syncbn_2").norm) == "syncbn"  # composed by a program of one's own
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    assert {name: arm(f"+norm={name}") for name in ("syncbn_2", "wn_mean_only", "frozen_from_precise")} == {
+        name: name for name in ("syncbn_2", "wn_mean_only", "frozen_from_precise")
+    }
+    assert arm("+norm=syncbn_2", "norm.process_group=4") == "syncbn_2"
+    assert arm("+norm={_target_: mine.Own}") == "Own"
+    assert arm() == "as written"
 
 
 @pytest.mark.parametrize("norm", ["gn", "gn_ws"])
