@@ -137,6 +137,17 @@ def test_from_the_checkpoint_of_another_arm_it_freezes_at_once(here):  # noqa: F
             assert not torch.equal(value, before[f"net.{name}"])
 
 
+@pytest.mark.slow
+def test_random_streams_go_on_as_without_it(here, monkeypatch):  # noqa: F811
+    forward, streams = Task.forward, []
+    monkeypatch.setattr(Task, "forward", lambda task, images: forward(task, images + torch.rand(()) * task.training))
+    for norm in ("+norm=bn", NORM):
+        train(norm, f"run_dir={norm[6:]}")
+        checkpoint = torch.load(f"{norm[6:]}/checkpoints/last.ckpt", weights_only=True)
+        streams.append(checkpoint["syncbn"]["ranks"][0]["random"]["torch"])
+    assert torch.equal(*streams)
+
+
 @pytest.mark.parametrize("part", [-0.1, 1, True, "late", None])
 def test_a_part_that_is_none_is_refused(part):
     with pytest.raises(ValueError, match=r"expected norm.freeze_at to be a part of the training, at least 0, below 1"):

@@ -520,7 +520,7 @@ def train_as_rank(rank, world_size, folder, steps, *overrides):
         pytest.param(2, "syncbn", [], marks=SLOW),
         pytest.param(4, "syncbn_2", ["trainer.precision=64-true"], marks=SLOW),
         pytest.param(4, "syncbn", [], marks=SLOW),
-        pytest.param(2, "frozen_from_precise", [], marks=SLOW),  # before the last stop
+        pytest.param(2, "frozen_from_precise", [], marks=SLOW),  # at step 6
     ],
 )
 def test_several_ranks(run, tmp_path, world_size, norm, more):
