@@ -51,7 +51,8 @@ NUM_AUDITED, NUM_INITIALIZED, MAX_PIXELS = 512, 256, 2**23
 def build(config: DictConfig, world: World) -> tuple[ImageData, Task]:
     """Make data and task, and find every mistake in the configuration, before any process group exists."""
     run_folder.check_settings(config)
-    data: ImageData = instantiate(config.data, _partial_=True)(world=world, seed=config.seed)
+    make = instantiate(config.data, _partial_=True)
+    data: ImageData = make(world=world, seed=config.seed, eval_split=config.eval_split)
     data.load()
     check_modes(config.evaluate, data)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -162,7 +163,8 @@ def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
     evaluations = evaluate(trainer, task, data, list(config.evaluate))
     if world.rank == 0:
         about = {"arm": norm_config.arm_of(config.norm), "seed": config.seed, "simulate": world.simulate}
-        results = {**about, **report.summarize_tests(task, evaluations), **training, **shares.summarize(task.net)}
+        tests = report.summarize_tests(task, evaluations, data.eval_split)
+        results = {**about, **tests, **training, **shares.summarize(task.net)}
         report.write_results(folder, results)
         report.print_table(results, folder)
 

@@ -16,14 +16,16 @@ import pytest
 
 import syncbn
 from experiment.comparison import page, runner
-from experiment.comparison.grid import quoted
+from experiment.comparison.overrides import quoted
 from experiment.training import report
 
 ROOT = Path(__file__).parents[1]
 COMPARE = ROOT / "launch" / "compare.py"
 QUICK = Path(__file__).parent / "quick_train.py"
-FOUR = ["arms=[bn,syncbn]", "per_rank_batch_sizes=[2]", "seeds=[0,1]", "jobs=2"]
+FOUR = ["arms=[bn,syncbn]", "per_rank_batch_sizes=[2]", "seeds=[0,1]", "jobs=2", "select_lr=null"]
+CHOOSE = ["arms=[bn,gn]", "seeds=[0]", "jobs=2", "~select_lr.options.gn"]
 SMALL = [
+    "select_lr=null",
     "data.num_train=64",
     "data.num_val=0",
     "data.num_test=32",
@@ -119,7 +121,9 @@ def test_a_grid_runs_to_its_report(here, monkeypatch, capfd):
     for cell, row in rows.items():
         arguments = (here / "out" / "cells" / cell / "log.txt").read_text()
         assert row["status"] == "done"
-        assert row["command"].startswith("python launch/train.py data.num_train=640 model.width=8 +norm=")
+        assert row["command"].startswith(
+            "python launch/train.py data.num_train=640 model.width=8 trainer.max_epochs=4 +norm="
+        )
         for word in row["command"].split()[2:]:
             assert word.strip("'") in arguments
         assert row["arm"] == row["label"] == cell.split("-")[0]
@@ -131,6 +135,47 @@ def test_a_grid_runs_to_its_report(here, monkeypatch, capfd):
         assert len(row["curve"]["step"]) == 40
         assert "simulate" not in row
     assert not list(here.rglob("checkpoints"))
+
+
+def test_learning_rates_are_chosen_before_the_grid_is_run(here, monkeypatch, capfd):
+    """The last word about an arm is that of its validation error; a stop in between costs nothing that is done."""
+    with monkeypatch.context() as patch:
+        patch.setenv("QUICK_FAILS", "select-gn-lr0.4")
+        assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 0
+    rows = rows_of(here / "out")
+    tried = {cell: row for cell, row in rows.items() if row["candidate"]}
+    assert sorted(tried) == [f"select-{arm}-lr{lr}-s100" for arm in ("bn", "gn") for lr in (0.05, 0.1, 0.2, 0.4)]
+    assert set(list(rows)[:8]) == set(tried)
+    for row in tried.values():
+        words = shlex.split(row["command"])
+        assert words[-4:-1] == ["eval_split=val", "evaluate=[rank0]", "trainer.max_epochs=1"]
+        assert words[-1].startswith("task.lr=")
+        assert "test_error" not in str(row.get("evaluations"))
+    cells = {cell: row for cell, row in rows.items() if not row["candidate"]}
+    assert sorted(cells) == ["bn-w4-p1-s0", "bn-w4-p2-s0", "gn-w4-s0"]
+    for row in cells.values():
+        assert row["command"].endswith(" task.lr=0.2")
+        assert "eval_split" not in row["command"]
+        assert (row["lr"], row["selection"]["lr"], row["selection"]["at_edge"]) == (0.2, 0.2, False)
+        assert row["selection"]["rates"] == [0.05, 0.1, 0.2, 0.4]
+    assert "select-bn-lr0.1-s100: validation error 10.0 %" in capfd.readouterr().out
+    before = (here / "out" / "results.jsonl").read_bytes()
+    assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 0  # what failed runs again, and changes no choice
+    after = (here / "out" / "results.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert [json.loads(line)["cell"] for line in after[len(before) :].splitlines()] == ["select-gn-lr0.4-s100"]
+
+
+def test_an_arm_of_which_every_candidate_fails_does_not_stop_the_others(here, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setenv("QUICK_FAILS", "gn-")
+        assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 1
+    rows = rows_of(here / "out")
+    assert {row["status"] for row in rows.values() if row["arm"] == "bn"} == {"done"}
+    assert rows["gn-w4-s0"]["reason"].startswith("RuntimeError: no luck today")
+    assert rows["gn-w4-s0"]["selection"] is None
+    assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 0
+    assert rows_of(here / "out")["gn-w4-s0"]["selection"]["lr"] == 0.2
 
 
 def test_the_same_command_runs_nothing_again(here, monkeypatch, capfd):
@@ -146,11 +191,11 @@ def test_the_same_command_runs_nothing_again(here, monkeypatch, capfd):
 def test_a_larger_grid_goes_on_from_the_smaller(here, monkeypatch):
     assert compare(monkeypatch, *FOUR, "output_dir=out") == 0
     before = (here / "out" / "results.jsonl").read_bytes()
-    larger = ["arms=[gn,bn,syncbn]", "per_rank_batch_sizes=[1,2]", "seeds=[1,0]", "jobs=2"]
+    larger = ["arms=[gn,bn,syncbn]", "per_rank_batch_sizes=[1,2]", "seeds=[1,0]", "jobs=2", "select_lr=null"]
     assert compare(monkeypatch, *larger, "output_dir=out") == 0
     after = (here / "out" / "results.jsonl").read_bytes()
     assert after.startswith(before)
-    assert len(after.splitlines()) == 1 + 12
+    assert len(after.splitlines()) == 1 + 10  # gn once per seed
     assert compare(monkeypatch, *larger, "output_dir=another") == 0
     assert untimed(rows_of(here / "out")) == untimed(rows_of(here / "another"))
 
@@ -164,7 +209,7 @@ def test_a_larger_grid_goes_on_from_the_smaller(here, monkeypatch):
     ],
 )
 def test_results_of_another_grid_are_kept(here, monkeypatch, capfd, arguments, message):
-    assert compare(monkeypatch, "arms=[bn]", "per_rank_batch_sizes=[2]", "seeds=[0]", "output_dir=out") == 0
+    assert compare(monkeypatch, *FOUR, "seeds=[0]", "output_dir=out") == 0
     before = (here / "out" / "results.jsonl").read_bytes()
     assert compare(monkeypatch, *FOUR, "output_dir=out", *arguments) == 1
     assert message in capfd.readouterr().err
@@ -187,7 +232,7 @@ def test_an_arm_whose_file_has_changed_is_not_mixed_with_itself(here, monkeypatc
     file = here / "own" / "norm" / "mine.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("_target_: torch.nn.GroupNorm\nnum_groups: 2\n")
-    arguments = ["per_rank_batch_sizes=[2]", "seeds=[0]", "output_dir=out"]
+    arguments = ["per_rank_batch_sizes=[2]", "seeds=[0]", "output_dir=out", "select_lr=null"]
     for folder in (["--config-dir", "own"], ["hydra.searchpath=[file://own]"]):
         assert compare(monkeypatch, *folder, "arms=[mine]", *arguments) == 0
     [row] = rows_of(here / "out").values()
@@ -329,7 +374,7 @@ def test_real_cells_one_of_which_fails(tmp_path):
     assert (process.returncode, stderr) == (1, "")
     out = tmp_path / "outputs" / "compare"
     rows = rows_of(out)
-    gn, bn = rows["gn-w4-p2-s3"], rows["bn-w4-p2-s3"]
+    gn, bn = rows["gn-w4-s3"], rows["bn-w4-p2-s3"]
     assert gn["status"] == "failed"
     assert gn["reason"].startswith("ValueError: ")
     assert "num_groups=8 does not divide its 12 channels" in gn["reason"]

@@ -4,16 +4,22 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from experiment.comparison.grid import AXES, GROUPS, OTHERS, base_config, make_cells, quoted, shared_overrides
-from experiment.comparison.results_file import Results
+import syncbn
+from experiment.comparison.cell import BATCH_FREE, is_batch_free
+from experiment.comparison.grid import base_config, make_cells, make_selections
+from experiment.comparison.grid_checks import AXES, OTHERS
+from experiment.comparison.overrides import GROUPS, quoted, shared_overrides, value_text
+from experiment.training.models.classifiers import ResNet8
+from syncbn.conversion.norms.registry import REGISTRY
 
 CONF = Path(__file__).parents[1] / "conf"
-OWN = {"norm", "seed", "simulate", "audit", "ckpt_path", "run_dir", "checkpoint_every", "timeout"}
+OWN = {"norm", "seed", "simulate", "eval_split", "audit", "ckpt_path", "run_dir", "checkpoint_every", "timeout"}
 COMMON = {"compare": {*AXES, *OTHERS}, "train": OWN}
 BOTH = {"node_size", "evaluate", "output_dir", *GROUPS}
 
@@ -24,10 +30,16 @@ def conf():
         yield
 
 
+def composed(*overrides, folders=()):
+    """Compose as launch/compare.py does: the configuration, and what all cells have in common."""
+    search = [f"hydra.searchpath=[{','.join(map(quoted, folders))}]"] if folders else []
+    whole = compose("compare", [*search, *overrides], return_hydra_config=True)
+    config = compose("compare", [*search, *overrides])
+    return config, shared_overrides(config, whole.hydra.runtime.choices, overrides, folders)
+
+
 def grid(*overrides, folders=()):
-    """Make the cells as launch/compare.py does."""
-    shared = shared_overrides(overrides, folders)
-    return make_cells(compose("compare", overrides=list(overrides)), shared)
+    return make_cells(*composed(*overrides, folders=folders))
 
 
 def as_config(cell):
@@ -37,13 +49,14 @@ def as_config(cell):
 
 def test_the_default_grid():
     cells = grid()
-    places = [(c.seed, c.world_size, c.per_rank_batch_size, c.arm) for c in cells]
-    assert places == list(itertools.product([0, 1, 2], [4], [1, 2, 4, 8], ["bn", "syncbn", "gn"]))
+    points = [(c.seed, c.world_size, c.per_rank_batch_size, c.arm) for c in cells]
+    expected = itertools.product([0, 1, 2], [4], [1, 2], ["bn", "syncbn", "gn"])
+    assert sorted(points) == sorted(point for point in expected if point[2:] != (1, "gn"))
     assert {c.per_rank_batch_size * c.world_size * c.accumulate for c in cells} == {32}
-    assert len({c.id for c in cells}) == 36
+    assert [c.id for c in cells][:4] == ["bn-w4-p1-s0", "syncbn-w4-p1-s0", "gn-w4-s0", "bn-w4-p2-s0"]
     assert {c.group_size for c in cells} == {None}
-    assert cells[1].id == "syncbn-w4-p1-s0"
     assert cells[1].overrides == (
+        "trainer.max_epochs=4",
         "+norm=syncbn",
         "seed=0",
         "data.per_rank_batch_size=1",
@@ -53,37 +66,35 @@ def test_the_default_grid():
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "num_cells"),
-    [
-        ("classification", ["arms=[bn,syncbn,syncbn_2,gn]", "seeds=[0,1,2,3,4]"], 80),
-        (
-            "segmentation",
-            ["data=digit_scenes", "model=unet", "task=segmentation", "trainer.max_epochs=4",
-             "per_rank_batch_sizes=[1,2]", "seeds=[0,1,2,3,4]"],
-            30,
-        ),
-    ],
-)  # fmt: skip
-def test_results_from_before_the_move_still_open(tmp_path, name, overrides, num_cells):
-    """Their settings name classes of syncbn.experiment."""
-    old = (CONF.parent / "docs" / "results" / name / "results.jsonl").read_text()
-    assert '"_target_": "syncbn.experiment.' in old
-    (tmp_path / "results.jsonl").write_text(old)
-    cells = grid(*overrides)
-    shared = shared_overrides(overrides)
-    common = base_config(compose("compare", overrides=overrides), shared)
-    with Results(tmp_path / "results.jsonl", common, {}) as results:
-        assert len(results.rows) == num_cells
-        assert {cell.id for cell in cells} == {cell for cell, row in results.rows.items() if row["status"] == "done"}
-    other = {**common, "model": {**common["model"], "width": 4}}
-    with pytest.raises(ValueError, match=r"another grid.*\n *model.width: \d+ there, 4 here$"):
-        Results(tmp_path / "results.jsonl", other, {})
+def test_an_arm_without_the_batch_runs_once_per_seed_if_only_the_batch_changes():
+    axes = ["arms=[gn,wn,wn_mean_only]", "per_rank_batch_sizes=[4,1]", "world_sizes=[2,4]", "seeds=[5]"]
+    ids = [cell.id for cell in grid(*axes)]
+    several = [f"wn_mean_only-w{w}-p{p}-s5" for w in (2, 4) for p in (4, 1)]
+    assert sorted(ids) == sorted(["gn-w2-s5", "gn-w4-s5", "wn-w2-s5", "wn-w4-s5", *several])
+    assert len(grid(*axes, "isolate=linear")) == 12  # the SGD batch changes, too
+
+
+def test_which_arms_do_not_use_the_batch():
+    """Against what they compute: the output for one image beside two different others."""
+    images, others = torch.randn(1, 3, 8, 8), torch.randn(2, 1, 3, 8, 8)
+    for path in CONF.glob("norm/*.yaml"):
+        norm = OmegaConf.to_container(OmegaConf.load(path))
+        if norm["_target_"] != "syncbn.lightning.NormConverter":
+            continue
+        options = {
+            k: v for k, v in norm.items() if k not in ("_target_", "norm", "process_group") and "_steps" not in k
+        }
+        torch.manual_seed(0)
+        net = syncbn.convert(ResNet8(width=8), norm["norm"], **options).train()
+        [first, second] = [net(torch.cat([images, other]))[0].detach() for other in others]
+        assert is_batch_free(norm) == torch.allclose(first, second, atol=1e-5), path.stem
+    assert not is_batch_free({"_target_": "torch.nn.GroupNorm"})
+    assert not BATCH_FREE - set(REGISTRY)
 
 
 def test_a_cells_overrides_are_its_place():
     cells = grid(
-        "arms=[bn,syncbn_2,gn]", "world_sizes=[2,4]", "per_rank_batch_sizes=[2,4]", "seeds=[3]", "evaluate=[precise]"
+        "arms=[bn,syncbn_2,brn]", "world_sizes=[2,4]", "per_rank_batch_sizes=[2,4]", "seeds=[3]", "evaluate=[precise]"
     )
     assert len(cells) == 12
     for cell in cells:
@@ -162,6 +173,16 @@ def test_simulated_nodes():
         ("data.accumulate=2", "belong to the cells"),
         ("data.global_batch_size=0", "data.global_batch_size to be a whole number of at least 1, got 0"),
         ("data.global_batch_size=32.0", "whole number of at least 1, got 32.0"),
+        ("select_lr.lr_factors=[1]", r"lr_factors to be two or more, each above 0, got \[1\]"),
+        ("select_lr.lr_factors=[1,-1]", "lr_factors to be two or more"),
+        ("select_lr.seed=2", r"select_lr.seed=2 is one of seeds=\[0, 1, 2\]"),
+        ("select_lr.max_epochs=0.5", "select_lr.max_epochs to be a whole number of at least 1, got 0.5"),
+        ("select_lr=true", "select_lr to be null, or to have lr_factors, seed"),
+        ("+select_lr.rates=[1]", "select_lr to be null, or to have lr_factors, seed"),
+        ("select_lr.options={gn:8}", "select_lr.options.gn to be a list of settings"),
+        ("task.lr=null", "task.lr to be a learning rate, which select_lr varies, got None"),
+        ("planned=[bn,syncbn]", r"planned to be a list of pairs of arms, .* got \['bn', 'syncbn'\]"),
+        ("planned=null", "planned to be a list of pairs"),
         ("+norm=gn", r"no setting of a comparison: norm\. .* in arms=\[...\]"),
         ("+seed=3 ++simulate=8", "no setting of a comparison: seed, simulate"),
     ],
@@ -187,10 +208,10 @@ def test_hydra_refuses_what_it_does_not_know(override):
 def test_shared_overrides_reach_every_cell_as_they_are():
     """All forms of Hydra's grammar, and nothing that is the comparison's own."""
     given = [
+        "model=timm",
         "+data.x=1",
         "++trainer.y=2",
         "~task.warmup",
-        "model=timm",
         "model.arch='a, b=c'",
         'data.mean=[1, "2 3"]',
         "+task.more={a: 1, b: [x, y]}",
@@ -199,7 +220,7 @@ def test_shared_overrides_reach_every_cell_as_they_are():
     ]
     own = ["arms=[gn]", "seeds=[0]", "output_dir=data.d", "per_rank_batch_sizes=[1]", "evaluate=[batch]", "jobs=2"]
     mixed = [override for pair in itertools.zip_longest(own, given) for override in pair if override]
-    assert shared_overrides(mixed) == given
+    assert composed(*mixed)[1] == given
     [cell] = grid(*mixed)
     assert cell.overrides[: len(given)] == tuple(given)
     config = as_config(cell)
@@ -213,6 +234,14 @@ def test_shared_overrides_reach_every_cell_as_they_are():
 def test_quoting_for_hydra(text):
     assert OverridesParser.create().parse_override(f"x={quoted(text)}").value() == text
     assert OverridesParser.create().parse_override(f"x=[{quoted(text)},1]").value() == [text, 1]
+
+
+VALUES = [1, 0.5, None, True, "x", "a b", "1e", "null", "true", "{", [1, "a'b"], {"a": [None, "b c"]}]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_values_for_hydra(value):
+    assert OverridesParser.create().parse_override(f"x={value_text(value)}").value() == value
 
 
 def test_arms_of_the_users_own_folder(tmp_path):
@@ -238,33 +267,37 @@ def test_arms_of_the_users_own_folder(tmp_path):
 
 def test_what_cells_have_in_common(monkeypatch):
     def common(*overrides):
-        return base_config(compose("compare", overrides=list(overrides)), shared_overrides(overrides))
+        return base_config(*composed(*overrides))
 
     monkeypatch.setenv("SYNCBN_CACHE", "/somewhere")
     here = common()
     monkeypatch.setenv("SYNCBN_CACHE", "/else")
     same = ["arms=[gn]", "seeds=[7]", "world_sizes=[2]", "per_rank_batch_sizes=[1]", "jobs=1", "output_dir=x"]
     assert common(*same, "group_sizes=[2]", "logger.name=x") == here
-    for other in ("model.width=8", "task.lr=1", "isolate=none", "engine=torchrun", "evaluate=[batch]", "node_size=2"):
+    others = ("model.width=8", "task.lr=1", "isolate=none", "engine=torchrun", "evaluate=[batch]", "node_size=2")
+    for other in (*others, "select_lr.seed=7", "select_lr=null", "planned=[[bn,syncbn]]"):
         assert common(other) != here
-    assert set(here) == {"data", "model", "task", "trainer", "engine", "isolate", "node_size", "evaluate"}
+    names = {"data", "model", "task", "trainer", "engine", "isolate", "node_size", "evaluate", "select_lr", "planned"}
+    assert set(here) == names
 
 
 def test_the_configuration_is_that_of_a_run():
     """Where both files name a group, they name the same choice, in the same order; nothing is unknown to either."""
     configs = {name: OmegaConf.load(CONF / f"{name}.yaml") for name in ("compare", "train")}
-    assert configs["compare"].defaults == configs["train"].defaults
+    groups = {name: [d for d in config.defaults if d != "_self_"] for name, config in configs.items()}
+    assert [d for d in groups["compare"] if d != {"grid": None}] == groups["train"]
     for name, config in configs.items():
         assert set(compose(name)) == COMMON[name] | BOTH, name
         assert config.hydra.output_subdir is None
 
 
 @pytest.mark.parametrize(
-    ("group", "choice"), sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name != "norm")
+    ("group", "choice"),
+    sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name not in ("norm", "grid")),
 )
 def test_every_choice_composes_for_a_comparison(group, choice):
     [cell] = grid(f"{group}={choice}", "arms=[bn]", "seeds=[0]", "per_rank_batch_sizes=[1]")
-    own = {"data.per_rank_batch_size": 1, "data.accumulate": 8}
+    own = {"data.per_rank_batch_size": 1, "data.accumulate": 8, "trainer.max_epochs": 4}
     there = compose("train", overrides=[f"{group}={choice}", *(f"{k}={v}" for k, v in own.items())])
     assert as_config(cell)[group] == there[group]
 
@@ -273,4 +306,17 @@ def test_every_arm_composes_for_a_comparison():
     arms = sorted(path.stem for path in CONF.glob("norm/*.yaml"))
     cells = grid(f"arms=[{','.join(arms)}]", "seeds=[0]", "per_rank_batch_sizes=[1]")
     assert [cell.arm for cell in cells] == arms
-    assert {cell.norm["_target_"] for cell in cells} == {"syncbn.lightning.NormConverter"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("grid/*.yaml")))
+def test_every_grid_file_reaches_its_cells(name):
+    """What the file sets within the groups of launch/train.py is an override of each run."""
+    config, shared = composed(f"grid={name}")
+    cells, selections = make_cells(config, shared), make_selections(config, shared)
+    assert len({cell.seed for cell in cells}) >= 5
+    assert {selection.like.arm for selection in selections} == {cell.arm for cell in cells}
+    for cell in cells[:2]:
+        for group in GROUPS:
+            theirs = OmegaConf.to_container(as_config(cell)[group])
+            for key, value in OmegaConf.to_container(config[group]).items():
+                assert theirs[key] == value or key in ("per_rank_batch_size", "accumulate"), (group, key)

@@ -4,19 +4,22 @@ import csv
 import io
 import math
 import random
+import re
 
 import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 
-from experiment.comparison import conclusions, export, settings, statistics, terminal_table
+from experiment.comparison import conclusions, export, selection_table, settings, statistics, terminal_table
 from experiment.comparison.results_table import ResultsTable
 
+CHOSEN = {"lr": 0.2, "options": {}, "at_edge": False, "seed": 100, "per_rank_batch_size": 2, "max_epochs": 1}
 T = {2: 12.7062, 3: 4.30265, 5: 2.77645}  # Student's t at 97.5 % for n - 1 degrees of freedom, from tables
 
 
 def cell(arm="bn", batch=1, seed=0, error=0.1, world_size=4, **others):
-    evaluation = {"test_error": error, "test_loss": 1.0, "train_error": 0.02, "num_test": 1000}
+    evaluation = {"test_error": error, "test_loss": 1.0, "train_error": 0.02, "train_loss": 0.1, "num_test": 1000}
     row = {
         "cell": f"{arm}-w{world_size}-p{batch}-s{seed}",
         "status": "done",
@@ -31,7 +34,8 @@ def cell(arm="bn", batch=1, seed=0, error=0.1, world_size=4, **others):
         "isolate": "accumulate",
         "score": "accuracy",
         "device": "cpu",
-        "lr": 0.1,
+        "lr": 0.2,
+        "selection": CHOSEN,
         "evaluations": {"rank0": evaluation},
         "curve": {"step": [10, 20], "loss": [2.0, 1.0]},
         "seconds": 10.0,
@@ -97,7 +101,6 @@ def test_holm_by_hand():
     assert statistics.holm([0.04, 0.01, None, 0.03, 0.02]) == pytest.approx([0.06, 0.04, None, 0.06, 0.06])
     assert statistics.holm([0.5, 0.9]) == [1.0, 1.0]
     assert statistics.holm([]) == []
-    assert [statistics.verdict(p) for p in (0.04, 0.05, None)] == ["yes", "not shown", "needs 2 seeds or more"]
 
 
 def test_differences_are_paired_at_equal_ranks_and_batch():
@@ -107,8 +110,68 @@ def test_differences_are_paired_at_equal_ranks_and_batch():
     assert [(line.label, line.batch, line.interval.n) for line in lines] == [("bn", 1, 3), ("gn", 1, 2)]
     bn, gn = lines
     np.testing.assert_allclose([bn.interval.mean, gn.interval.mean], [0.28, 0.0], atol=1e-12)
-    assert bn.corrected == pytest.approx(2 * bn.p)
-    assert (bn.verdict, gn.verdict) == ("yes", "not shown")
+    assert (bn.corrected, gn.corrected) == (None, None)
+
+
+def test_only_what_was_stated_beforehand_is_tested_and_corrected():
+    rows = cells({(a, b): [0.30, 0.33, 0.35] for a in ("bn", "brn", "gn") for b in (1, 2)})
+    rows += cells({("syncbn", b): [0.04, 0.05, 0.05] for b in (1, 2)})
+    results = ResultsTable.of(rows)
+    planned = results.planned([("bn", "syncbn"), ("gn", "syncbn"), ("ln", "syncbn")])
+    assert [(line.label, line.against, line.batch) for line in planned] == [("bn", "syncbn", 1), ("gn", "syncbn", 1)]
+    assert [line.corrected for line in planned] == pytest.approx([2 * line.p for line in planned])
+    others = [(line.label, line.batch) for line in results.differences(planned)]
+    assert sorted(others) == [("bn", 2), ("brn", 1), ("brn", 2), ("gn", 2)]
+
+
+def test_an_arm_that_runs_once_per_seed_stands_at_every_batch():
+    rows = cells({("syncbn", 1): [0.1, 0.2], ("syncbn", 4): [0.1, 0.2]})
+    rows += [cell("gn", 4, seed, 0.3, once_per_seed=True) for seed in (0, 1)]
+    results = ResultsTable.of(rows)
+    assert results.batches(4, "gn") == [1, 4]
+    assert results.values("gn", 4, 1, "rank0") == results.values("gn", 4, 4, "rank0") == {0: 0.3, 1: 0.3}
+    assert [(line.label, line.batch) for line in results.differences()] == [("gn", 1), ("gn", 4)]
+    assert results.changes("gn", 4) == []
+    assert results.num_replaced == 0
+    alone = ResultsTable.of([cell("gn", 8, once_per_seed=True)])
+    assert alone.batches(4) == [8]
+
+
+def test_candidates_are_in_no_figure():
+    rows = cells({("bn", 1): [0.1, 0.2]})
+    candidate = cell("bn", 2, 100, 0.9, cell="select-bn-lr0.1-s100", candidate="lr 0.1")
+    candidate["evaluations"] = {"rank0": {"val_error": 0.25, "val_loss": 1.0, "train_error": 0.2, "num_val": 10}}
+    failed = {**candidate, "cell": "select-bn-lr0.2-s100", "candidate": "lr 0.2", "status": "failed"}
+    del failed["evaluations"]
+    results = ResultsTable.of([*rows, candidate, failed])
+    assert (len(results.done), len(results.failed), results.seeds) == (2, 0, [0, 1])
+    [line] = selection_table.selection_lines(results)
+    assert (line.arm, line.errors, line.chosen, line.at_edge) == ("bn", {0.1: 0.25, 0.2: None}, 0.2, False)
+    chosen = {**CHOSEN, "lr": 0.1, "at_edge": True}
+    results = ResultsTable.of([*[{**row, "selection": chosen} for row in rows], candidate, failed])
+    [line] = selection_table.selection_lines(results)
+    assert (line.chosen, line.at_edge) == (0.1, True)
+    assert "lies at the edge of its grid for bn" in settings.warnings(results, missing=0)[0]
+    assert "seed 100, which is none of the grid's" in selection_table.how_chosen(results)
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "margin"), [(0.03, 0.02, 0.001), (0.01, 0.03, 0.001), (0.0, 0.02, 0.02)]
+)
+def test_so_many_seeds_settle_it_as_a_simulation_says(mean, deviation, margin):
+    """Draw experiments of that many seeds: about 80 % show the difference, or the interval is within the margin."""
+    half = T[5] * deviation / math.sqrt(5)
+    n = statistics.seeds_to_settle(statistics.Interval(mean, half, 5), 0.05, margin)
+    draws = np.random.default_rng(0).normal(mean, deviation, (20_000, n))
+    t = scipy.stats.t.ppf(0.975, n - 1)
+    spread = t * draws.std(1, ddof=1) / math.sqrt(n)
+    if mean:
+        assert 0.79 < (np.abs(draws.mean(1)) > spread).mean() < 0.9
+    else:
+        assert (spread < margin).mean() > 0.6
+        assert t * deviation / math.sqrt(n) < margin < scipy.stats.t.ppf(0.975, n - 2) * deviation / math.sqrt(n - 1)
+    assert statistics.seeds_to_settle(statistics.Interval(mean, None, 1), 0.05, margin) is None
+    assert statistics.seeds_to_settle(statistics.Interval(1e-5, 5.0, 5), 0.05, 1e-4) is None
 
 
 def test_the_order_of_rows_changes_nothing_and_a_cell_counts_once():
@@ -152,26 +215,59 @@ SMALL, LARGE, FLAT = [0.30, 0.32, 0.34], [0.04, 0.05, 0.045], [0.04, 0.051, 0.04
 )  # fmt: skip
 def test_the_answer_follows_the_numbers(errors, words):
     [sentences] = conclusions.draw_conclusions(
-        ResultsTable.of(cells({("bn", batch): e for batch, e in errors.items()}))
+        ResultsTable.of(cells({("bn", batch): e for batch, e in errors.items()})), []
     ).values()
     assert sentences[0].startswith(words)
     assert sentences[1] == "syncbn has no finished cell, so nothing can be told about it."
 
 
-def test_the_answer_compares_with_syncbn_at_the_smallest_batch():
+PAIRS = [("bn", "syncbn"), ("gn", "syncbn")]
+
+
+def test_the_answer_tells_what_was_stated_beforehand_first():
     errors = {
         ("bn", 1): SMALL,
         ("bn", 8): LARGE,
         ("syncbn", 1): FLAT,
         ("syncbn", 8): LARGE,
-        ("gn", 1): [0.06, 0.05, 0.04],
+        ("gn", 1): [0.09, 0.05, 0.04],
     }
-    [sentences] = conclusions.draw_conclusions(ResultsTable.of(cells(errors))).values()
-    assert sentences[1].startswith("syncbn stays near its large-batch error, within 2 points")
-    assert "at 1 image per rank bn has 27.5 points more test error than syncbn" in sentences[3]
-    assert "this is real" in sentences[3]
-    assert "that this is real is not shown" in sentences[4]
-    assert conclusions.draw_conclusions(ResultsTable.of([])) == {"": ["No cell has finished, so nothing can be told."]}
+    [sentences] = conclusions.draw_conclusions(ResultsTable.of(cells(errors)), PAIRS).values()
+    assert sentences[0].startswith(
+        "Stated beforehand: at 1 image per rank bn has 27.5 points more test error than syncbn"
+    )
+    assert re.search(r"n = 3 seeds, corrected p = 0.00\d\): shown\.$", sentences[0])
+    assert re.search(r"1.5 points more .*: open; about \d+ seeds would settle it\.$", sentences[1])
+    assert sentences[2].startswith("bn degrades at small batches")
+    assert sentences[3].startswith("syncbn stays near its large-batch error, within 2 points")
+    assert conclusions.draw_conclusions(ResultsTable.of([]), PAIRS) == {
+        "": ["No cell has finished, so nothing can be told."]
+    }
+    [sentences] = conclusions.draw_conclusions(ResultsTable.of(cells({("bn", 1): SMALL})), PAIRS).values()
+    assert sentences[0] == "bn was to be compared with syncbn, and no seed has both."
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (SMALL, FLAT, "shown"),
+        ([0.041, 0.05, 0.045], FLAT, "no difference of 2 points or more"),
+        ([0.04], [0.05], "one seed cannot settle it"),
+        ([0.1, 0.1, 0.1], [0.05, 0.05, 0.05], "open"),  # no spread to judge by
+    ],
+)
+def test_what_a_planned_comparison_comes_to(first, second, words):
+    rows = cells({("bn", 1): first, ("syncbn", 1): second})
+    [line] = ResultsTable.of(rows).planned(PAIRS)
+    assert conclusions.settle(line, 2) == words
+
+
+def test_arms_that_fit_the_training_images_less_are_named():
+    rows = cells({("syncbn", 1): FLAT, ("gn", 1): FLAT, ("wn", 1): FLAT})
+    for row in rows:
+        row["evaluations"]["rank0"]["train_error"] = {"syncbn": 0.01, "gn": 0.019, "wn": 0.03}[row["arm"]]
+    [sentences] = conclusions.draw_conclusions(ResultsTable.of(rows), PAIRS).values()
+    assert "more than twice that of syncbn (1.0 %) for wn 3.0 %: these arms fit" in sentences[-1]
 
 
 def test_mixed_missing_and_failed_cells_are_said():
@@ -186,6 +282,8 @@ def test_mixed_missing_and_failed_cells_are_said():
         assert text in said
     assert "different versions of torch: 2.13.0 in 1 cell, 2.14.1 in 1 cell" in said
     assert settings.warnings(ResultsTable.of(rows[:1]), missing=0) == []
+    [said] = settings.warnings(ResultsTable.of([{**rows[0], "selection": None}]), missing=0)
+    assert said.startswith("No learning rate was chosen for bn")
     assert ("Seeds", "n = 2: 0, 1") in settings.settings(ResultsTable.of(rows))
 
 
@@ -209,11 +307,11 @@ def test_csv_reads_back():
 def test_the_terminal_table():
     def printed(rows):
         console = Console(width=100, file=io.StringIO())
-        terminal_table.print_table(rows, console)
+        terminal_table.print_table(rows, console, PAIRS)
         return console.file.getvalue()
 
     shown = printed(cells({("bn", 1): SMALL, ("syncbn", 1): FLAT, ("[b]x", 1): [0.1]}))
-    for text in ("32.0 ±5.0", "n = 3", "+27.5 ±4.", "yes", "[b]x", "n = 1", "4 ranks: test error in %"):
+    for text in ("32.0 ±5.0", "n = 3", "+27.5 ± 4.", "shown", "[b]x", "n = 1", "4 ranks: test error in %"):
         assert text in shown
     assert "difference" not in printed(cells({("bn", 1): SMALL}))
     assert "x: [no]" in printed([{"cell": "x", "status": "failed", "reason": "[no]"}])

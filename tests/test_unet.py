@@ -29,10 +29,10 @@ def test_sides_that_do_not_halve_three_times_are_refused():
 def test_every_convolution_but_the_last_has_a_norm_and_no_bias():
     net = UNet()
     convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
-    assert [layer.bias is None for layer in convolutions] == [True] * 14 + [False]
-    assert sum(p.numel() for p in net.parameters()) == 122_555
+    assert [layer.bias is None for layer in convolutions] == [True] * 15 + [False]
+    assert sum(p.numel() for p in net.parameters()) == 123_133
     converted = syncbn.convert(net)
-    assert sum(isinstance(layer, syncbn.SyncBatchNorm) for layer in converted.modules()) == 14
+    assert sum(isinstance(layer, syncbn.SyncBatchNorm) for layer in converted.modules()) == 15
 
 
 def test_both_ways_meet_at_every_resolution():

@@ -33,7 +33,7 @@ def check_modes(modes: Sequence[str], data: ImageData | None = None) -> None:
     if unknown or not modes:
         raise ValueError(f"expected evaluate to be a list of {', '.join(MODES)}, got {list(modes)}")
     if data is not None and "batch" in modes:
-        plan, num_images = data.plan, min(len(data.splits.test), len(data.train_eval_indices))
+        plan, num_images = data.plan, min(len(data.eval_set), len(data.train_eval_indices))
         if num_images < plan.per_rank_batch_size * plan.world_size:
             raise ValueError(
                 f"evaluate with statistics of the batch needs {plan.per_rank_batch_size} x {plan.world_size} images, "
@@ -42,11 +42,12 @@ def check_modes(modes: Sequence[str], data: ImageData | None = None) -> None:
 
 
 def evaluate(trainer: L.Trainer, task: Task, data: ImageData, modes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Test with each mode's statistics; the model's own are as before afterwards.
+    """Test with each mode's statistics, on the images of `data.eval_split`; the model's own are as before afterwards.
 
     Returns:
-        Per mode `test_error` and `train_error` (1 - score, in eval mode), `test_loss`, and `num_test` images. Without
-        layers that have running statistics to choose, all modes are the same test.
+        Per mode `test_error` and `train_error` (1 - score, in eval mode), `test_loss` and `train_loss` (nats per
+        label), and `num_test` images; with `eval_split` val, `val_error` and so on. Without layers that have running
+        statistics to choose, all modes are the same test.
     """
     [statistics] = [c for c in trainer.callbacks if isinstance(c, Statistics)]  # type: ignore[attr-defined]
     results: dict[str, dict[str, Any]] = {}
@@ -55,15 +56,16 @@ def evaluate(trainer: L.Trainer, task: Task, data: ImageData, modes: Sequence[st
             results[mode] = results[modes[0]]
             continue
         statistics.mode, data.eval_in_training_batches = mode, mode == "batch" and bool(_layers(task))
-        num_test = len(data.splits.test)
+        num_images = len(data.eval_set)
         if data.eval_in_training_batches:
-            num_test -= num_test % (data.plan.per_rank_batch_size * data.plan.world_size)
+            num_images -= num_images % (data.plan.per_rank_batch_size * data.plan.world_size)
         [metrics, train_metrics] = trainer.test(task, datamodule=data, weights_only=True, verbose=False)
         results[mode] = {
-            "test_error": 1 - metrics[f"test/{task.score}"],
-            "test_loss": _finite(metrics["test/loss"]),
+            f"{data.eval_split}_error": 1 - metrics[f"test/{task.score}"],
+            f"{data.eval_split}_loss": _finite(metrics["test/loss"]),
             "train_error": 1 - train_metrics[f"train_eval/{task.score}"],
-            "num_test": num_test,
+            "train_loss": _finite(train_metrics["train_eval/loss"]),
+            f"num_{data.eval_split}": num_images,
         }
     data.eval_in_training_batches = False
     return results

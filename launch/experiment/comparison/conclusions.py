@@ -1,28 +1,63 @@
 """Sentences on what the numbers of a comparison show, and what they do not."""
 
+from collections.abc import Sequence
+
 from experiment.comparison.formatting import count, limits, p_text, percent
 from experiment.comparison.results_table import REFERENCE, Difference, ResultsTable
-from experiment.comparison.statistics import SIGNIFICANCE, Interval
+from experiment.comparison.statistics import SIGNIFICANCE, Interval, seeds_to_settle
 
-NEAR = 0.02  # of error: an arm whose change surely lies within 2 points stays near, is flat, does not degrade
+NEAR = 0.02  # of error: a change that surely lies within 2 points is none to care about
 QUESTIONS = {  # asked arm: what it does if its change surely lies within NEAR
     "bn": "does not degrade at small batches",
     "syncbn": "stays near its large-batch error",
-    "gn": "is flat",
 }
+UNDER_TRAINED = 2.0  # times the train error of the reference
+Pairs = Sequence[tuple[str, str]]
 
 
-def draw_conclusions(results: ResultsTable) -> dict[str, list[str]]:
-    """Answer the comparison's questions, a list of sentences for every world size."""
+def draw_conclusions(results: ResultsTable, pairs: Pairs) -> dict[str, list[str]]:
+    """Answer the comparison's questions, a list of sentences for every world size.
+
+    Args:
+        results: The cells.
+        pairs: Of arms, whose difference at the smallest batch was stated beforehand to be tested.
+    """
     if not results.done:
         return {"": ["No cell has finished, so nothing can be told."]}
-    differences = results.differences()
+    planned = results.planned(pairs)
     sentences = {}
     for world_size in results.world_sizes:
-        found = [_change(results, label, world_size) for label in QUESTIONS]
-        found += [_against(line) for line in _smallest(differences, world_size)]
-        sentences[count(world_size, "rank")] = found
+        lines = [line for line in planned if line.world_size == world_size]
+        found = [_against(line, settle(line, len(planned))) for line in lines]
+        found += [f"{first} was to be compared with {second}, and no seed has both." for first, second in pairs
+                  if (first, second) not in [(line.label, line.against) for line in lines]]  # fmt: skip
+        found += [_change(results, label, world_size) for label in QUESTIONS]
+        sentences[count(world_size, "rank")] = [*found, *_training(results, world_size)]
     return sentences
+
+
+def settle(line: Difference, num_planned: int) -> str:
+    """Say what a planned comparison comes to: shown, none to care about, or how many seeds would settle it."""
+    lower, upper = line.interval.lower, line.interval.upper
+    if line.corrected is None or lower is None or upper is None:
+        return "one seed cannot settle it"
+    if line.corrected < SIGNIFICANCE:
+        return "shown"
+    if lower >= -NEAR and upper <= NEAR:
+        return f"no difference of {100 * NEAR:.0f} points or more"
+    n = seeds_to_settle(line.interval, SIGNIFICANCE / num_planned, NEAR)
+    return "open" if n is None else f"open; about {n} seeds would settle it"
+
+
+def _against(line: Difference, verdict: str) -> str:
+    where = f"at {_per_rank(line.batch)} {line.label} has"
+    how = (
+        f"the test error of {line.against}"
+        if line.interval.mean == 0
+        else f"{_points(line.interval, 'more', 'less')} test error than {line.against}"
+    )
+    facts = _certainty(line.interval) + ("" if line.p is None else f", corrected p {_p(line)}")
+    return f"Stated beforehand: {where} {how} ({facts}): {verdict}."
 
 
 def _change(results: ResultsTable, label: str, world_size: int) -> str:
@@ -41,10 +76,10 @@ def _change(results: ResultsTable, label: str, world_size: int) -> str:
     else:
         how = f"{_points(line.interval, 'higher', 'lower')} at {_per_rank(small)} than at {large}"
     facts = f"its test error is {how} ({_certainty(line.interval)})"
-    return f"{_verdict(label, line)}: {facts}."
+    return f"{_change_verdict(label, line)}: {facts}."
 
 
-def _verdict(label: str, line: Difference) -> str:
+def _change_verdict(label: str, line: Difference) -> str:
     change, lower, upper = line.interval, line.interval.lower, line.interval.upper
     if line.p is None or lower is None or upper is None:
         return f"Whether {label} changes with the batch cannot be told from one seed"
@@ -56,26 +91,21 @@ def _verdict(label: str, line: Difference) -> str:
     return f"No change of {label} with the batch is shown, but {change.n} seeds cannot exclude one of {large}"
 
 
-def _smallest(differences: list[Difference], world_size: int) -> list[Difference]:
-    """The differences of the asked arms to syncbn at the smallest batch of each."""
-    here = [line for line in differences if line.world_size == world_size and line.label in QUESTIONS]
-    firsts: dict[str, Difference] = {}
-    for line in here:  # batches rise
-        firsts.setdefault(line.label, line)
-    return list(firsts.values())
-
-
-def _against(line: Difference) -> str:
-    where = f"at {_per_rank(line.batch)} {line.label} has"
-    how = (
-        f"the test error of {REFERENCE}"
-        if line.interval.mean == 0
-        else f"{_points(line.interval, 'more', 'less')} test error than {REFERENCE}"
-    )
-    if line.p is None:
-        return f"Compared seed by seed, {where} {how}; from one seed, so whether that is real cannot be told."
-    real = "this is real" if line.verdict == "yes" else "that this is real is not shown"
-    return f"Compared seed by seed, {where} {how} ({_certainty(line.interval)}): {real} (corrected p {_p(line)})."
+def _training(results: ResultsTable, world_size: int) -> list[str]:
+    """Name the arms that fit the training images far less than syncbn."""
+    batch = results.batches(world_size)[0]
+    errors = {label: results.mean(label, world_size, batch, results.mode, "train_error") for label in results.labels}
+    known = {label: error.mean for label, error in errors.items() if error is not None}
+    if REFERENCE not in known:
+        return []
+    limit = max(UNDER_TRAINED * known[REFERENCE], known[REFERENCE] + 0.005)
+    far = [f"{label} {percent(error)} %" for label, error in known.items() if error > limit]
+    if not far:
+        return []
+    return [
+        f"At {_per_rank(batch)} the train error, in eval mode, is more than twice that of {REFERENCE} "
+        f"({percent(known[REFERENCE])} %) for {', '.join(far)}: these arms fit the training images less, too."
+    ]
 
 
 def _p(line: Difference) -> str:

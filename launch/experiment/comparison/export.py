@@ -7,7 +7,8 @@ from typing import Any
 
 from experiment.comparison.results_table import ResultsTable, Row
 
-FIRST = ("cell", "status", "reason", "arm", "label", "per_rank_batch_size", "world_size", "group_size", "seed")
+POINT = ("arm", "label", "per_rank_batch_size", "world_size", "group_size", "seed")
+FIRST = ("cell", "status", "reason", "candidate", *POINT)
 SUMMARY = (
     "label",
     "world_size",
@@ -18,6 +19,7 @@ SUMMARY = (
     "test_error_lower",
     "test_error_upper",
     "train_error",
+    "train_loss",
 )
 
 
@@ -50,10 +52,11 @@ def summary_csv(results: ResultsTable) -> str:
 
 def _summary(results: ResultsTable, label: str, world_size: int, batch: int, mode: str) -> dict[str, Any]:
     test = results.mean(label, world_size, batch, mode)
-    train = results.mean(label, world_size, batch, mode, "train_error")
+    train, loss = (results.mean(label, world_size, batch, mode, name) for name in ("train_error", "train_loss"))
     if test is None:
         return {}
-    values = (label, world_size, batch, mode, test.n, test.mean, test.lower, test.upper, train and train.mean)
+    own = (label, world_size, batch, mode, test.n, test.mean, test.lower, test.upper)
+    values = (*own, train and train.mean, loss and loss.mean)
     return dict(zip(SUMMARY, values, strict=True))
 
 

@@ -1,92 +1,73 @@
 """The cells of a comparison: arms x batch sizes x world sizes x group sizes x seeds, checked before any runs."""
 
 import itertools
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiment.evaluate import check_modes
+from experiment.comparison import grid_checks
+from experiment.comparison.cell import Cell, is_batch_free
+from experiment.comparison.overrides import GROUPS, value_text
+from experiment.comparison.selection import ArmSelection
 
-AXES = ("arms", "per_rank_batch_sizes", "world_sizes", "group_sizes", "seeds")
-ENGINES = ("simulate", "torchrun")
-ISOLATE = ("accumulate", "linear", "sqrt", "none")
-GROUPS = ("data", "model", "task", "trainer", "logger")  # whose overrides go to every cell
-OTHERS = ("engine", "isolate", "node_size", "evaluate", "jobs", "output_dir")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of launch/train.py: its coordinates in the grid, and its overrides."""
-
-    arm: str
-    per_rank_batch_size: int
-    world_size: int
-    group_size: int | str | None
-    seed: int
-    accumulate: int
-    overrides: tuple[str, ...]
-    norm: dict[str, Any] = field(default_factory=dict, compare=False)  # what the arm's file says
-
-    @property
-    def label(self) -> str:
-        """Name the curve that this cell belongs to."""
-        return self.arm if self.group_size is None else f"{self.arm}, groups of {self.group_size}"
-
-    @property
-    def id(self) -> str:
-        """Name the cell in the results, and its folder."""
-        group = "" if self.group_size is None else f"-g{self.group_size}"
-        return f"{self.arm}{group}-w{self.world_size}-p{self.per_rank_batch_size}-s{self.seed}"
-
-    def coordinates(self) -> dict[str, Any]:
-        """Return the coordinates, named as in a row of the results."""
-        names = ("arm", "label", "per_rank_batch_size", "world_size", "group_size", "seed", "accumulate", "norm")
-        return {"cell": self.id, **{name: getattr(self, name) for name in names}}
-
-
-def shared_overrides(overrides: Sequence[str], folders: Sequence[str] = ()) -> list[str]:
-    """Pick the overrides of the command line that every cell gets: those of the groups of launch/train.py.
-
-    Args:
-        overrides: Of the command line.
-        folders: More folders with configurations, such as the user's own arms.
-    """
-    search = [f"hydra.searchpath=[{','.join(map(quoted, folders))}]"] if folders else []
-    return search + [o for o in overrides if re.split("[=.@]", o.lstrip("+~"), maxsplit=1)[0] in GROUPS]
-
-
-def quoted(text: str) -> str:
-    """Quote a string for Hydra's grammar, where a backslash counts only before a quote."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
+Norm = dict[str, Any]
 
 
 def make_cells(config: DictConfig, shared: Sequence[str]) -> list[Cell]:
     """Lay out the grid, the seeds one after another, so that early results already show all lines.
 
+    An arm whose norm does not use the batch runs once per seed and world size, if the SGD batch is the same at every
+    per-rank batch size.
+
     Raises:
         ValueError: an empty axis, an unknown arm, engine or setting; a batch that accumulation cannot reach; groups
             that do not divide the ranks. All of them are listed.
     """
-    _check_settings(config)
+    grid_checks.check_settings(config)
     norms = {arm: _norm(arm, shared) for arm in config.arms}
     cells, problems = list[Cell](), list[str]()
     axes = (config.seeds, config.world_sizes, config.per_rank_batch_sizes, norms)
     for seed, world_size, per_rank, arm in itertools.product(*axes):
-        accumulate = 1 if config.isolate != "accumulate" else config.data.global_batch_size // (per_rank * world_size)
         synchronizes = norms[arm].get("norm") == "syncbn"
         for group_size in config.group_sizes if synchronizes else [None]:
-            norm = norms[arm] if group_size is None else {**norms[arm], "process_group": group_size}
-            point = (arm, per_rank, world_size, group_size, seed, accumulate)
-            cells.append(Cell(*point, tuple(_overrides(config, shared, *point)), norm))
-            problems += _problems(config, cells[-1])
+            cells.append(_cell(config, shared, norms[arm], arm, per_rank, world_size, group_size, seed))
+            problems += grid_checks.problems(config, cells[-1])
     if problems:
         raise ValueError("\n  ".join(["the grid has cells that cannot be run:", *dict.fromkeys(problems)]))
-    return list({cell.id: cell for cell in cells}.values())
+    return list({cell.id: cell for cell in cells}.values())  # of an arm that runs once, at the last batch size
+
+
+def make_selections(config: DictConfig, shared: Sequence[str]) -> list[ArmSelection]:
+    """Prepare the choice of every arm's learning rate; none without `select_lr`.
+
+    Raises:
+        ValueError: the batch of the selection cannot be accumulated.
+    """
+    select = config.select_lr
+    if select is None:
+        return []
+    point = (select.per_rank_batch_size, config.world_sizes[0], None, select.seed)
+    cells = [_cell(config, shared, _norm(arm, shared), arm, *point) for arm in config.arms]
+    problems = [f"select_lr: {problem}" for cell in cells for problem in grid_checks.problems(config, cell)]
+    if problems:
+        raise ValueError("\n  ".join(["no learning rate can be chosen:", *dict.fromkeys(problems)]))
+    return [ArmSelection(select, config.task.lr, cell) for cell in cells]
+
+
+def with_choice(cell: Cell, choice: Mapping[str, Any]) -> Cell:
+    """Give a cell the learning rate and options that were chosen for its arm."""
+    options = choice["options"]
+    overrides = [f"task.lr={choice['lr']:g}", *(f"++norm.{k}={value_text(v)}" for k, v in options.items())]
+    return replace(
+        cell,
+        overrides=(*cell.overrides, *overrides),
+        norm={**cell.norm, **options},
+        selection=dict(choice),
+    )
 
 
 def base_config(config: DictConfig, shared: Sequence[str]) -> dict[str, Any]:
@@ -95,57 +76,11 @@ def base_config(config: DictConfig, shared: Sequence[str]) -> dict[str, Any]:
     assert isinstance(train, dict)
     common = {str(group): train[group] for group in GROUPS if group != "logger"}
     common["data"].pop("cache_dir", None)  # where the same images lie
-    settings = ("engine", "isolate", "node_size", "evaluate")
+    settings = ("engine", "isolate", "node_size", "evaluate", "select_lr", "planned")
     return {**common, **{name: OmegaConf.to_container(config)[name] for name in settings}}  # type: ignore[index,call-overload]
 
 
-def _check_settings(config: DictConfig) -> None:
-    unknown = [str(name) for name in config if name not in (*AXES, *GROUPS, *OTHERS)]
-    if unknown:
-        raise ValueError(
-            f"no setting of a comparison: {', '.join(unknown)}. Expected {', '.join((*AXES, *OTHERS))}, or one of "
-            f"{', '.join(GROUPS)}; another norm is another file in conf/norm, and then in arms=[...]"
-        )
-    for axis in (*AXES, "evaluate"):
-        values = config[axis]
-        if not OmegaConf.is_list(values) or not len(values):
-            raise ValueError(f"the grid is empty: expected {axis} to be a list of at least one value, got {values!r}")
-    for name, choices in (("engine", ENGINES), ("isolate", ISOLATE)):
-        if config[name] not in choices:
-            raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {config[name]!r}")
-    check_modes(config.evaluate)
-    _check_numbers(config)
-    if config.data.per_rank_batch_size is not None or config.data.accumulate != 1:
-        raise ValueError(
-            "data.per_rank_batch_size and data.accumulate belong to the cells: set per_rank_batch_sizes=[...], and "
-            "data.global_batch_size for the images of one step"
-        )
-
-
-def _check_numbers(config: DictConfig) -> None:
-    for axis in ("per_rank_batch_sizes", "world_sizes", "seeds"):
-        least = 0 if axis == "seeds" else 1
-        wrong = [value for value in config[axis] if not _is_whole(value, least)]
-        if wrong:
-            raise ValueError(f"expected whole numbers in {axis}, at least {least}, got {wrong}")
-    wrong = [size for size in config.group_sizes if size not in (None, "node") and not _is_whole(size)]
-    if wrong:
-        raise ValueError(f"expected group_sizes to be numbers of ranks, node, or null for the arm's own, got {wrong}")
-    if not _is_whole(config.data.global_batch_size):
-        got = config.data.global_batch_size
-        raise ValueError(f"expected data.global_batch_size to be a whole number of at least 1, got {got!r}")
-    if config.node_size is not None and (config.engine != "simulate" or not _is_whole(config.node_size)):
-        raise ValueError(
-            "expected node_size to be a number of ranks, at least 1, and with engine=simulate alone: real ranks are "
-            f"on the node they are on; got {config.node_size!r} with engine={config.engine}"
-        )
-
-
-def _is_whole(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _norm(arm: str, shared: Sequence[str]) -> dict[str, Any]:
+def _norm(arm: str, shared: Sequence[str]) -> Norm:
     """Read the file of an arm."""
     choices = GlobalHydra.instance().config_loader().get_group_options("norm", overrides=[*shared])
     if arm not in choices:
@@ -155,21 +90,22 @@ def _norm(arm: str, shared: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in norm.items()}
 
 
-def _problems(config: DictConfig, cell: Cell) -> Iterator[str]:
-    group = cell.norm.get("process_group") if cell.norm.get("norm") == "syncbn" else None
-    if group == "node":
-        group = config.node_size
-    if isinstance(group, int) and (not _is_whole(group) or cell.world_size % group):
-        choices = [n for n in range(1, cell.world_size + 1) if cell.world_size % n == 0]
-        yield f"{cell.arm}: groups of {group} do not divide {cell.world_size} ranks; choose one of {choices}"
-    size, step = config.data.global_batch_size, cell.per_rank_batch_size * cell.world_size
-    if config.isolate == "accumulate" and size % step:
-        reachable = [n for n in range(1, size + 1) if size % (n * cell.world_size) == 0]
-        hint = f"per-rank batches that can: {reachable}" if reachable else "no per-rank batch can"
-        yield (
-            f"{cell.per_rank_batch_size} images x {cell.world_size} ranks cannot be accumulated to "
-            f"data.global_batch_size={size}; {hint} (or isolate=linear, sqrt or none, which do not accumulate)"
-        )
+def _cell(
+    config: DictConfig,
+    shared: Sequence[str],
+    norm: Norm,
+    arm: str,
+    per_rank: int,
+    world_size: int,
+    group_size: int | str | None,
+    seed: int,
+) -> Cell:
+    accumulates = config.isolate == "accumulate"
+    accumulate = config.data.global_batch_size // (per_rank * world_size) if accumulates else 1
+    point = (arm, per_rank, world_size, group_size, seed, accumulate)
+    norm = norm if group_size is None else {**norm, "process_group": group_size}
+    once = accumulates and is_batch_free(norm)
+    return Cell(*point, tuple(_overrides(config, shared, *point)), norm, once_per_seed=once)
 
 
 def _overrides(

@@ -11,10 +11,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiment.comparison import export, formatting, plots
-from experiment.comparison.conclusions import draw_conclusions
+from experiment.comparison.conclusions import Pairs, draw_conclusions, settle
 from experiment.comparison.curves import training_lines
 from experiment.comparison.figure_files import to_inline_svg, to_png, to_svg
 from experiment.comparison.results_table import REFERENCE, ResultsTable, Row
+from experiment.comparison.selection_table import how_chosen, selection_lines
 from experiment.comparison.settings import MODES, settings, warnings
 from experiment.comparison.statistics import Interval, mean_interval
 from experiment.training.atomic_files import write_file
@@ -32,7 +33,9 @@ class Plot:
     dark: Markup
 
 
-def write_report(rows: Sequence[Row], folder: Path, *, title: str, command: str, missing: int = 0) -> Path:
+def write_report(
+    rows: Sequence[Row], folder: Path, *, title: str, command: str, planned: Pairs = (), missing: int = 0
+) -> Path:
     """Write `index.html`, `results.csv`, `summary.csv` and `plots/` into `folder`; equal rows give equal files.
 
     Args:
@@ -40,6 +43,7 @@ def write_report(rows: Sequence[Row], folder: Path, *, title: str, command: str,
         folder: made if it is not there; files of these names are replaced.
         title: heading of the page.
         command: that runs the whole grid.
+        planned: pairs of arms, stated before the runs, whose difference at the smallest batch is tested.
         missing: number of cells of the grid that have no row.
 
     Returns:
@@ -47,7 +51,8 @@ def write_report(rows: Sequence[Row], folder: Path, *, title: str, command: str,
     """
     results = ResultsTable.of(rows)
     cells = [*results.done, *results.failed]
-    tables = {"results.csv": export.results_csv(cells), "summary.csv": export.summary_csv(results)}
+    every = [*cells, *results.candidates]
+    tables = {"results.csv": export.results_csv(every), "summary.csv": export.summary_csv(results)}
     curves = [_error_plot(results, world_size, folder) for world_size in results.world_sizes]
     trainings = _training_plots(results, folder)
     environment = Environment(
@@ -62,16 +67,22 @@ def write_report(rows: Sequence[Row], folder: Path, *, title: str, command: str,
         command=command,
         results=results,
         reference=REFERENCE,
-        conclusions=draw_conclusions(results),
+        conclusions=draw_conclusions(results, planned),
+        selection=selection_lines(results),
+        how_chosen=how_chosen(results),
+        planned=(tested := results.planned(planned)),
+        differences=results.differences(tested),
+        verdicts=[settle(line, len(tested)) for line in tested],
         warnings=warnings(results, missing),
         settings=settings(results) if results.done else [],
         curves=curves,
         trainings=trainings,
         changes=[line for w in results.world_sizes for label in results.labels for line in results.changes(label, w)],
         costs=_costs(results),
-        cells=cells,
+        cells=every,
         downloads={name: _data_uri(text) for name, text in tables.items()},
         modes=MODES,
+        minus=formatting.MINUS,
         formatting=formatting,
     )
     for name, text in {**tables, "index.html": page}.items():
@@ -88,6 +99,8 @@ def _error_plot(results: ResultsTable, world_size: int, folder: Path) -> Plot:
         f"Test error with {results.mode} statistics, {formatting.count(world_size, 'rank')}: mean over seeds, band: "
         f"95 % interval by Student's t. Numbers: summary.csv, world_size {world_size}, mode {results.mode}."
     )
+    if results.once_per_seed:
+        caption += f" Run once per seed, since the batch does not enter: {', '.join(results.once_per_seed)}."
     return _plot(name, figures, title, caption, folder)
 
 
@@ -130,7 +143,8 @@ def _costs(results: ResultsTable) -> list[tuple[str, int, int, dict[str, Interva
     lines = []
     for world_size in results.world_sizes:
         for label in results.labels:
-            for batch in results.batches(world_size, label):
+            batches = results.batches(world_size, label)
+            for batch in batches[-1:] if label in results.once_per_seed else batches:
                 cells = results.cells(label, world_size, batch)
                 names = ("seconds", "training_seconds", "images_per_second")
                 lines.append((label, world_size, batch, {name: _mean(cells, name) for name in names}))

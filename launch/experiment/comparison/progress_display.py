@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiment.comparison.grid import Cell
+from experiment.comparison.cell import Cell
 from experiment.comparison.runner import Running
 
 Rows = Mapping[str, dict[str, Any]]
@@ -43,12 +43,13 @@ def _outcome(row: dict[str, Any]) -> str:
         return f"{row['cell']}: failed: {row['reason']}"
     error = _error(row)
     how = "no number" if error is None else f"{100 * error:.1f} %"
-    return f"{row['cell']}: test error {how}, {row['seconds']:.0f} s"
+    images = "test" if row.get("candidate") is None else "validation"
+    return f"{row['cell']}: {images} error {how}, {row['seconds']:.0f} s"
 
 
 def _error(row: dict[str, Any]) -> float | None:
     first: dict[str, float | None] = next(iter(row["evaluations"].values()))
-    return first["test_error"]
+    return first["test_error" if row.get("candidate") is None else "val_error"]
 
 
 def _matrix(cells: Sequence[Cell], rows: Rows, running: Sequence[Running]) -> Table:

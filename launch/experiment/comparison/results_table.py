@@ -1,17 +1,23 @@
-"""The rows of a results file, looked up by arm, ranks, batch and seed."""
+"""The rows of a results file, looked up by arm, ranks, batch and seed.
+
+A row of an arm that runs once per seed, since its norm does not use the batch, stands at every batch size.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from experiment.comparison.statistics import Interval, Paired, holm, mean_interval, paired, verdict
+from experiment.comparison.statistics import Interval, Paired, holm, mean_interval, paired
 from experiment.evaluate import MODES
 
 Row = Mapping[str, Any]
 Seeds = dict[Any, float]
 # The order of the arms; then the user's.
-ARMS = ("bn", "syncbn_2", "syncbn_4", "syncbn_node", "syncbn", "gn", "ln", "in", "frozen", "none", "fixup")
+ARMS = (
+    *("bn", "syncbn_2", "syncbn_4", "syncbn_node", "syncbn", "frozen_from_precise", "brn", "sn"),
+    *("gn", "gn_ws", "ln", "in", "wn", "wn_mean_only", "fixup", "frozen", "none"),
+)
 REFERENCE = "syncbn"
 FIRST = ("bn", REFERENCE, "gn")  # look the same in every report
 
@@ -26,36 +32,49 @@ class Difference:
     against: str
     interval: Interval
     p: float | None = None
-    corrected: float | None = None
-
-    @property
-    def verdict(self) -> str:
-        """Whether the difference is statistically significant, as text."""
-        return verdict(self.corrected)
+    corrected: float | None = None  # of a comparison that was stated beforehand
 
 
 @dataclass
 class ResultsTable:
     """Done and failed cells in an order of their own, so that the order of the rows changes nothing.
 
+    `candidates` are the runs that learning rates were chosen by: validation errors, in no figure of the cells.
+
     A cell that comes twice counts once, its last row; of cells that differ in nothing but their names the last counts.
     """
 
     done: list[Row]
     failed: list[Row]
+    candidates: list[Row] = field(default_factory=list)
     num_replaced: int = 0
     _seeds: dict[tuple[str, int, int], dict[Any, Row]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "ResultsTable":
         """Sort the rows."""
-        cells = sorted({str(row.get("cell")): row for row in rows}.values(), key=_order)
+        every = sorted({str(row.get("cell")): row for row in rows}.values(), key=_order)
+        cells = [row for row in every if row.get("candidate") is None]
         results = cls([r for r in cells if r["status"] == "done"], [r for r in cells if r["status"] != "done"])
+        results.candidates = [row for row in every if row.get("candidate") is not None]
         for row in results.done:
-            seeds = results._seeds.setdefault((row["label"], row["world_size"], row["per_rank_batch_size"]), {})
-            results.num_replaced += row["seed"] in seeds
-            seeds[row["seed"]] = row
+            for batch in results._batches_of(row):
+                seeds = results._seeds.setdefault((row["label"], row["world_size"], batch), {})
+                results.num_replaced += row["seed"] in seeds
+                seeds[row["seed"]] = row
         return results
+
+    def _batches_of(self, row: Row) -> list[int]:
+        own = {row["per_rank_batch_size"]}
+        if not row.get("once_per_seed"):
+            return list(own)
+        others = [r for r in self.done if r["world_size"] == row["world_size"] and not r.get("once_per_seed")]
+        return sorted({other["per_rank_batch_size"] for other in others} or own)
+
+    @property
+    def once_per_seed(self) -> list[str]:
+        """The arms whose results do not depend on the batch of a rank."""
+        return list(dict.fromkeys(row["label"] for row in self.done if row.get("once_per_seed")))
 
     @property
     def labels(self) -> list[str]:
@@ -109,22 +128,33 @@ class ResultsTable:
         values = self.values(label, world_size, batch, mode, name)
         return mean_interval(list(values.values())) if values else None
 
-    def differences(self) -> list[Difference]:
-        """Every arm against syncbn at equal ranks and batch; p values are corrected over all of them."""
+    def planned(self, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
+        """The pairs of arms at the smallest batch of each world size; p values are corrected over all of them."""
         found = [
-            _difference(self, (label, world_size, batch), (REFERENCE, world_size, batch), REFERENCE)
+            _difference(self, (first, world_size, batches[0]), (second, world_size, batches[0]), second)
             for world_size in self.world_sizes
-            for batch in self.batches(world_size)
-            for label in self.labels
-            if label != REFERENCE
+            if (batches := self.batches(world_size))
+            for first, second in pairs
         ]
         lines = [line for line in found if line is not None]
         corrected = holm([line.p for line in lines])
         return [replace(line, corrected=p) for line, p in zip(lines, corrected, strict=True)]
 
+    def differences(self, planned: Sequence[Difference] = ()) -> list[Difference]:
+        """Every arm against syncbn at equal ranks and batch, without the planned ones: exploratory."""
+        known = [(line.label, line.world_size, line.batch, line.against) for line in planned]
+        found = [
+            _difference(self, (label, world_size, batch), (REFERENCE, world_size, batch), REFERENCE)
+            for world_size in self.world_sizes
+            for batch in self.batches(world_size)
+            for label in self.labels
+            if label != REFERENCE and (label, world_size, batch, REFERENCE) not in known
+        ]
+        return [line for line in found if line is not None]
+
     def changes(self, label: str, world_size: int) -> list[Difference]:
-        """An arm at its smaller batches against itself at its largest."""
-        batches = self.batches(world_size, label)
+        """An arm at its smaller batches against itself at its largest; none if the batch does not enter."""
+        batches = self.batches(world_size, label) if label not in self.once_per_seed else []
         found = [
             _difference(self, (label, world_size, batch), (label, world_size, batches[-1]), str(batches[-1]))
             for batch in batches[:-1]

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from experiment.comparison.grid import Cell, quoted
+from experiment.comparison.cell import Cell
+from experiment.comparison.overrides import quoted
 from experiment.comparison.worker import VARIABLE
 
 TRAIN = Path(__file__).parents[3] / "launch" / "train.py"

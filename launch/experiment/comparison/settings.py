@@ -44,6 +44,15 @@ def warnings(results: ResultsTable, missing: int) -> list[str]:
         if len(counts) > 1:
             found.append(f"The cells come from different {noun}: {_counted(counts)}.")
     found += _mixed_versions(results.done)
+    edges = sorted({row["arm"] for row in results.done if (row.get("selection") or {}).get("at_edge")})
+    if edges:
+        found.append(f"The chosen learning rate lies at the edge of its grid for {', '.join(edges)}.")
+    common = sorted({row["arm"] for row in results.done if not row.get("selection")})
+    if common:
+        found.append(
+            f"No learning rate was chosen for {', '.join(common)}: an arm that the common one suits badly looks worse "
+            "than it is."
+        )
     without = [r["cell"] for r in results.done if any(_is_lost(m) for m in (r.get("evaluations") or {}).values())]
     if without:
         found.append(
@@ -93,6 +102,7 @@ def settings(results: ResultsTable) -> list[tuple[str, str]]:
         ("Batches accumulated", all_of("accumulate")),
         ("Images per SGD step", all_of("global_batch_size")),
         ("Learning rate at its peak", all_of("lr")),
+        ("Run once per seed", f"{_listed(results.once_per_seed) or 'none'}; their norms do not use the batch"),
         ("SGD steps", all_of("num_steps")),
         ("Device", all_of("device")),
         ("Threads per process", all_of("num_threads")),

@@ -77,6 +77,24 @@ def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
     return Paired(interval, float(2 * stats.t.sf(abs(t), interval.n - 1)))
 
 
+def seeds_to_settle(found: Interval, significance: float, margin: float, power: float = 0.8) -> int | None:
+    """Tell how many seeds would settle a paired difference, if its mean and spread are those found.
+
+    The least n at which the two-sided t test has this power, by Student's noncentral t, or the 95 % interval is
+    expected within plus or minus `margin`; None beyond 10 000, or without a spread to judge by.
+    """
+    if found.half is None or found.half == 0:
+        return None
+    deviation = found.half * math.sqrt(found.n) / float(stats.t.ppf((1 + CONFIDENCE) / 2, found.n - 1))
+    n = np.unique(np.geomspace(2, 10_000, 4_000).astype(int))
+    shift = abs(found.mean) / deviation * np.sqrt(n)
+    limit = stats.t.ppf(1 - significance / 2, n - 1)
+    shown = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift) >= power
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * deviation / np.sqrt(n)
+    settled = shown | (abs(found.mean) + half <= margin)
+    return int(n[settled][0]) if settled.any() else None
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Correct p values for their number, by Holm's step-down; None stays None and does not count.
 
@@ -90,10 +108,3 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(order) - rank) * p))
         corrected[index] = largest
     return corrected
-
-
-def verdict(corrected: float | None) -> str:
-    """Say in words whether a difference is real."""
-    if corrected is None:
-        return "needs 2 seeds or more"
-    return "yes" if corrected < SIGNIFICANCE else "not shown"

@@ -30,7 +30,7 @@ FREE = (
     "data.num_workers",
 )
 # These may also differ when a run resumes (`Progress` checks the batches), but not from those of finished results.
-JUDGED = ("evaluate", "data.global_batch_size", "data.per_rank_batch_size", "data.accumulate")
+JUDGED = ("eval_split", "evaluate", "data.global_batch_size", "data.per_rank_batch_size", "data.accumulate")
 LOCK_TIMEOUT = 20  # seconds
 
 

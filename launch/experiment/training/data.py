@@ -27,6 +27,7 @@ class ImageData(L.LightningDataModule, ABC):
         accumulate: Batches per optimizer step.
         eval_batch_size: Images one rank sees at once in validation and test.
         num_train_eval: Training images on which the training error is measured.
+        eval_split: Whose images the evaluation after training reads: test, or val while settings are chosen.
         num_workers: Loader processes per rank.
         world: Rank of this process and number of processes.
         seed: Of the shuffle.
@@ -42,6 +43,7 @@ class ImageData(L.LightningDataModule, ABC):
         accumulate: int = 1,
         eval_batch_size: int = 250,
         num_train_eval: int = 1_500,
+        eval_split: str = "test",
         num_workers: int = 0,
         world: World | None = None,
         seed: int = 0,
@@ -50,7 +52,7 @@ class ImageData(L.LightningDataModule, ABC):
         self.memory_format = torch.channels_last  # of normalized images; the net's, once there is one
         self.mean, self.std = (torch.tensor(list(value)).view(-1, 1, 1) for value in (mean, std))
         self.world, self.seed = world or World(), seed
-        self.eval_batch_size, self.num_train_eval = eval_batch_size, num_train_eval
+        self.eval_batch_size, self.num_train_eval, self.eval_split = eval_batch_size, num_train_eval, eval_split
         self.num_workers = num_workers
         self.eval_in_training_batches = False  # for evaluation with the statistics of the batch
         self.plan = plan_batches(
@@ -73,9 +75,13 @@ class ImageData(L.LightningDataModule, ABC):
 
         Raises:
             FileNotFoundError: the images are not there.
-            ValueError: there are fewer than one step needs, or none to test.
+            ValueError: there are fewer than one step needs, or none to test, or to validate where that is asked.
         """
+        if self.eval_split not in ("test", "val"):
+            raise ValueError(f"expected eval_split to be test or val, got {self.eval_split!r}")
         self.splits = self.make_splits()
+        if self.eval_split == "val" and not self.splits.val:
+            raise ValueError("expected validation images, for eval_split=val, got none")
         if not len(self.splits.test):
             raise ValueError("expected at least one test image, got none")
         self.train_batches = TrainBatches(len(self.splits.train), self.plan, self._dealt_to, self.seed)
@@ -87,13 +93,20 @@ class ImageData(L.LightningDataModule, ABC):
         return self.world.rank if self.world.simulate is None else None
 
     @property
+    def eval_set(self) -> ImageSet:
+        """The images of `eval_split`, which no training reads."""
+        held_out = self.splits.test if self.eval_split == "test" else self.splits.val
+        assert held_out is not None
+        return held_out
+
+    @property
     def num_classes(self) -> int:
         """Count the classes."""
         return self.splits.num_classes
 
     def example(self) -> Tensor:
-        """Give two normalized test images, `(2, C, H, W)`."""
-        return self.normalize(self.splits.test[Draw([0, 0], 0)][0])
+        """Give two normalized training images, `(2, C, H, W)`."""
+        return self.normalize(self.splits.train_plain[Draw([0, 0], 0)][0])
 
     def sample(self, num_images: int) -> Tensor:
         """Give some shuffled and normalized training images, `(num_images, C, H, W)`."""
@@ -124,9 +137,10 @@ class ImageData(L.LightningDataModule, ABC):
         return [] if val is None else self._eval_loader(val, range(len(val)))
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """Serve this rank's part of the test images, and of some training images without augmentation."""
-        test, train = self.splits.test, self.splits.train_plain
-        return [self._eval_loader(test, range(len(test))), self._eval_loader(train, self.train_eval_indices)]
+        """Serve this rank's part of `eval_set`, and of some training images without augmentation."""
+        held_out, train = self.eval_set, self.splits.train_plain
+        loader = self._eval_loader(held_out, range(len(held_out)))
+        return [loader, self._eval_loader(train, self.train_eval_indices)]
 
     def statistics_batches(self, num_images: int) -> Iterator[Batch]:
         """Serve this rank's part of some shuffled training batches, for statistics, as `training_step` sees them."""

@@ -144,8 +144,13 @@ def summarize_training(trainer: Trainer, task: Task, plan: BatchPlan) -> dict[st
     }
 
 
-def summarize_tests(task: Task, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarize_tests(task: Task, evaluations: dict[str, dict[str, Any]], split: str) -> dict[str, Any]:
     """Summarize the tests: all of them, and the scores of the first mode.
+
+    Args:
+        task: Names the score.
+        evaluations: Per mode, as `evaluate` gives them.
+        split: Whose images they read, test or val.
 
     Returns:
         Scores and errors as fractions (`error = 1 - score`), losses in nats per label.
@@ -153,9 +158,11 @@ def summarize_tests(task: Task, evaluations: dict[str, dict[str, Any]]) -> dict[
     first = next(iter(evaluations.values()))
     return {
         "score": task.score_name,
-        f"test_{task.score_name}": 1 - first["test_error"],
-        "test_loss": first["test_loss"],
+        "eval_split": split,
+        f"{split}_{task.score_name}": 1 - first[f"{split}_error"],
+        f"{split}_loss": first[f"{split}_loss"],
         "train_error": first["train_error"],
+        "train_loss": first["train_loss"],
         "evaluations": evaluations,
     }
 
@@ -163,13 +170,14 @@ def summarize_tests(task: Task, evaluations: dict[str, dict[str, Any]]) -> dict[
 def print_table(results: dict[str, Any], folder: Path) -> None:
     """Print the results, a row each."""
     table = Table("", Column(overflow="fold"), show_header=False)
-    score, others = results["score"], dict(list(results["evaluations"].items())[1:])
+    score, split = results["score"], results["eval_split"]
+    others = dict(list(results["evaluations"].items())[1:])
     rows = {
         "arm": results["arm"],
-        f"test {score}": f"{results[f'test_{score}']:.4f}",
-        "test loss": f"{results['test_loss']:.4f}",
-        **{f"test {score}, {mode} statistics": f"{1 - r['test_error']:.4f}" for mode, r in others.items()},
-        "train error (eval mode)": f"{results['train_error']:.4f}",
+        f"{split} {score}": _number(results[f"{split}_{score}"]),
+        f"{split} loss": _number(results[f"{split}_loss"]),
+        **{f"{split} {score}, {mode} statistics": _number(1 - r[f"{split}_error"]) for mode, r in others.items()},
+        "train error (eval mode)": _number(results["train_error"]),
         "training images/s": f"{results['images_per_second']:.0f}",
         "world size": f"{results['world_size']}{' (simulated)' if results['simulate'] else ''}",
         "per-rank batch": f"{results['per_rank_batch_size']}",
@@ -180,3 +188,7 @@ def print_table(results: dict[str, Any], folder: Path) -> None:
     for name, value in rows.items():
         table.add_row(name, Text(value), end_section=name == "output folder")
     Console().print(*filter(None, [table, shares.table(results)]), sep="\n")
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

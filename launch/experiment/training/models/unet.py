@@ -22,19 +22,21 @@ class DoubleConv(nn.Sequential):
 class UNet(nn.Module):
     """Segment at four resolutions: three steps down, three steps up, each joined with what the way down saw there.
 
-    At width 8 it has 14 norm layers and 123 k parameters (Ronneberger et al. 2015, Figure 1, with one level fewer,
-    a norm after every convolution but the last, padding, and nearest-neighbour scaling on the way up).
+    At width 8 it has 15 norm layers and 124 k parameters (Ronneberger et al. 2015, Figure 1, with one level fewer,
+    a norm after every convolution but the last, padding, and nearest-neighbour scaling on the way up). The head first
+    widens: with fewer channels than classes in front of the logits, some seeds do not tell the classes apart.
 
     Args:
         num_classes: Channels of the output.
         in_channels: Channels of the images.
         width: Channels at full resolution; they double with each step down.
+        head_width: Channels in front of the logits; 0 for `width`, without a layer between.
 
     Raises:
         ValueError: height or width of the images does not divide by 8.
     """
 
-    def __init__(self, num_classes: int = 11, in_channels: int = 3, width: int = 8) -> None:
+    def __init__(self, num_classes: int = 11, in_channels: int = 3, width: int = 8, head_width: int = 32) -> None:
         super().__init__()
         self.down1 = DoubleConv(in_channels, width)
         self.down2 = DoubleConv(width, 2 * width)
@@ -43,7 +45,9 @@ class UNet(nn.Module):
         self.up3 = DoubleConv(12 * width, 4 * width)
         self.up2 = DoubleConv(6 * width, 2 * width)
         self.up1 = DoubleConv(3 * width, width)
-        self.head = nn.Conv2d(width, num_classes, 1)
+        wide = (nn.Conv2d(width, head_width, 1, bias=False), nn.BatchNorm2d(head_width), nn.ReLU())
+        head = nn.Conv2d(head_width or width, num_classes, 1)
+        self.head = nn.Sequential(*wide, head) if head_width else head
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images `(N, in_channels, H, W)` to logits `(N, num_classes, H, W)`."""
