@@ -17,7 +17,7 @@ train: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 launch/train.py +norm=syncbn
 
 compare: $(READY)
-	$(BIN)/python launch/compare.py 'per_rank_batch_sizes=[1,2,8]' output_dir=outputs/compare-small
+	$(BIN)/python launch/compare.py
 
 # The pages of docs/ as a site that needs no network: open site/index.html.
 docs: $(READY)

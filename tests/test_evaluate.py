@@ -1,6 +1,8 @@
 """The four kinds of statistics, against computations by hand, on real and on simulated ranks."""
 
+import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -11,10 +13,20 @@ from torch.nn import functional as F
 
 from experiment.evaluate import MODES
 from experiment.training.data import NUM_PRECISE
+from experiment.training.datasets.sources import DigitsOnPhotos
+from experiment.training.image_set import ImageSet
 from experiment.training.sharding import BatchPlan, Draw
+from experiment.training.task import Classifier
 from experiment.training.world import World
 
 SIZES = ["data.num_train=200", "data.num_val=0", "data.num_test=60", "model.width=8"]
+TINY = [
+    "data.num_train=64",
+    "data.num_test=36",
+    "model.width=8",
+    "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1",
+]
 FLOAT64 = [*SIZES, "trainer.precision=64-true", "trainer.max_epochs=1", "trainer.log_every_n_steps=1"]
 ALL = f"evaluate=[{','.join(MODES)}]"
 
@@ -149,6 +161,47 @@ def test_a_norm_with_random_parameters_starts_alike(tmp_path, monkeypatch):
     real, _ = simulated(tmp_path / "real", monkeypatch, *settings)
     assert any(key.endswith("mix") for key in weights(one))
     torch.testing.assert_close(weights(one), weights(real), rtol=1e-9, atol=1e-9)
+
+
+class Unreadable(ImageSet):
+    """Images that nobody may read."""
+
+    def __getitem__(self, draw):
+        raise AssertionError("a test image was read")
+
+
+def test_a_run_that_chooses_settings_reads_no_test_image(tmp_path, monkeypatch):
+    """With every kind of statistics, from an arm's own cells: the test split raises when it is read."""
+    make = DigitsOnPhotos.make_splits
+
+    def guarded(data):
+        splits = make(data)
+        return dataclasses.replace(splits, test=Unreadable(splits.test.images, splits.test.labels))
+
+    monkeypatch.setattr(DigitsOnPhotos, "make_splits", guarded)
+    settings = [*TINY, "data.num_val=40", "+norm=syncbn", "simulate=2", ALL]
+    _, results = simulated(tmp_path / "val", monkeypatch, *settings, "eval_split=val")
+    assert results["eval_split"] == "val"
+    for mode, measured in results["evaluations"].items():
+        assert set(measured) == {"val_error", "val_loss", "train_error", "train_loss", "num_val"}
+        assert measured["num_val"] == (32 if mode == "batch" else 40)
+    assert not [name for name in results if name.startswith("test")]
+    with pytest.raises(AssertionError, match="a test image was read"):
+        simulated(tmp_path / "test", monkeypatch, *settings)
+    with pytest.raises(ValueError, match="expected validation images, for eval_split=val, got none"):
+        simulated(tmp_path / "none", monkeypatch, *settings, "eval_split=val", "data.num_val=0")
+    with pytest.raises(ValueError, match="expected eval_split to be test or val, got 'train'"):
+        simulated(tmp_path / "train", monkeypatch, *settings, "eval_split=train")
+
+
+def test_a_run_that_diverges_still_ends_with_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, *_, **options: logits.sum(1) * torch.nan)
+    monkeypatch.setattr(Classifier, "loss", lambda task, batch: task(batch[0]).sum() * torch.nan)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered `nan`")
+        _, results = simulated(tmp_path / "run", monkeypatch, *TINY, "data.num_val=0", "+norm=none")
+    assert results["test_loss"] is None
+    assert "not finite" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", ["evaluate=[]", "evaluate=[rank1]", "evaluate=[rank0,ema]"])

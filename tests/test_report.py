@@ -46,6 +46,7 @@ def test_what_went_in_is_written_down(tmp_path, monkeypatch):
 def test_the_table_shows_the_results(tmp_path, capsys):
     results = {
         "arm": "syncbn",
+        "eval_split": "test",
         "score": "accuracy",
         "evaluations": {"rank0": {}, "precise": {"test_error": 0.04}},
         "simulate": None,

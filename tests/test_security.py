@@ -221,7 +221,8 @@ def test_markdown_and_terminal_show_what_users_typed():
 def test_the_results_of_a_run_are_not_markup(tmp_path, capsys):
     results = dict.fromkeys(("test_accuracy", "test_loss", "train_error", "images_per_second"), 0.5)
     results.update(dict.fromkeys(("world_size", "per_rank_batch_size", "accumulate", "global_batch_size"), 1))
-    results.update({"arm": NASTY, "score": "accuracy", "evaluations": {"rank0": {}}, "simulate": None})
+    results.update({"arm": NASTY, "score": "accuracy", "eval_split": "test", "evaluations": {"rank0": {}}})
+    results["simulate"] = None
     report.print_table(results, Path("[/runs]"))
     shown = capsys.readouterr().out
     assert "[/x] <script>" in shown

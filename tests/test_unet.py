@@ -30,7 +30,7 @@ def test_every_convolution_but_the_last_has_a_norm_and_no_bias():
     net = UNet()
     convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
     assert [layer.bias is None for layer in convolutions] == [True] * 15 + [False]
-    assert sum(p.numel() for p in net.parameters()) == 123_133
+    assert sum(p.numel() for p in net.parameters()) == 123_139
     converted = syncbn.convert(net)
     assert sum(isinstance(layer, syncbn.SyncBatchNorm) for layer in converted.modules()) == 15
 

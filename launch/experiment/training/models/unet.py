@@ -22,7 +22,7 @@ class DoubleConv(nn.Sequential):
 class UNet(nn.Module):
     """Segment at four resolutions: three steps down, three steps up, each joined with what the way down saw there.
 
-    At width 8 it has 15 norm layers and 124 k parameters (Ronneberger et al. 2015, Figure 1, with one level fewer,
+    At width 8 it has 15 norm layers and 123 k parameters (Ronneberger et al. 2015, Figure 1, with one level fewer,
     a norm after every convolution but the last, padding, and nearest-neighbour scaling on the way up). The head first
     widens: with fewer channels than classes in front of the logits, some seeds do not tell the classes apart.
 
