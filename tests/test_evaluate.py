@@ -11,7 +11,8 @@ from test_launch import CONF_NORMS, composed, launch, load_train, only_run
 from torch import nn
 from torch.nn import functional as F
 
-from experiment.evaluate import MODES, NUM_PRECISE
+from experiment.evaluate import MODES
+from experiment.training.data import NUM_PRECISE
 from experiment.training.datasets.sources import DigitsOnPhotos
 from experiment.training.image_set import ImageSet
 from experiment.training.sharding import BatchPlan, Draw

@@ -93,7 +93,7 @@ def test_the_users_command(tmp_path, num_ranks, norm):
     run, results = only_run(tmp_path)
     assert files_in(run) == FILES
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "outputs"}
-    assert (results["arm"], results["world_size"]) == (composed(f"+norm={norm}").norm.norm, num_ranks)
+    assert (results["arm"], results["world_size"]) == (norm, num_ranks)
     assert results["per_rank_batch_size"] * num_ranks == results["global_batch_size"] == 32
     assert results["num_steps"] == 10
     assert results["images_per_second"] > 0

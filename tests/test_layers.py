@@ -39,6 +39,7 @@ LAUNCH_HEIGHT = {
     "experiment.training.shares": 1,
     "experiment.training.task": 2, "experiment.training.data": 2, "experiment.training.memory_format": 2,
     "experiment.training.datasets": 3, "experiment.training.segmentation": 3, "experiment.training.report": 3,
+    "experiment.training.freeze_late": 3,
     "experiment.resume": 4, "experiment.simulation": 4,
     "experiment.evaluate": 5,
     "experiment.comparison": 6,

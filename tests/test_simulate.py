@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from experiment.simulation.exactness import check_exact
 from experiment.simulation.simulate import SimulatedBatchNorm, simulate
+from experiment.training.freeze_late import freeze_precisely
 from experiment.training.models.classifiers import ResNet8
 from experiment.training.models.unet import UNet
 from experiment.training.sharding import BatchPlan
@@ -107,22 +108,25 @@ def draw(plan):
     return images, torch.randint(CLASSES, (STEPS, num), generator=generator)
 
 
-def train_rank(rank, world_size, model, arm, accumulate, per_rank):
-    """Train one real rank with DDP; returns its parameters and buffers."""
+def train_rank(rank, world_size, model, arm, accumulate, per_rank, freeze_before=None):
+    """Train one real rank with DDP, and freeze before this step; returns its parameters and buffers."""
     plan = BatchPlan(per_rank, world_size, accumulate)
     task = make(model, arm)
     wrapped = DistributedDataParallel(task, **DDP_OPTIONS)
     copy_buffers_once(wrapped)
     optimizer = torch.optim.SGD(task.parameters(), 0.1, 0.9)
-    for images, labels in zip(*draw(plan), strict=True):
-        for indices in plan.deal(torch.arange(plan.global_batch_size), rank):
+    for step, (images, labels) in enumerate(zip(*draw(plan), strict=True)):
+        batches = plan.deal(torch.arange(plan.global_batch_size), rank)
+        if step == freeze_before:
+            freeze_precisely(task, [images[indices] for indices in batches])
+        for indices in batches:
             (F.cross_entropy(wrapped(images[indices]), labels[indices]) / accumulate).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {k: v.detach() for k, v in task.net.state_dict().items()}
 
 
-def train_simulated(model, arm, plan):
+def train_simulated(model, arm, plan, freeze_before=None):
     task = make(model, arm)
     simulate(task, plan)
     images, labels = draw(plan)
@@ -130,7 +134,9 @@ def train_simulated(model, arm, plan):
     check_exact(task, (images[0], labels[0]), plan)
     torch.testing.assert_close(task.state_dict(), before, rtol=0, atol=0)
     optimizer = torch.optim.SGD(task.parameters(), 0.1, 0.9)
-    for step in zip(images, labels, strict=True):
+    for number, step in enumerate(zip(images, labels, strict=True)):
+        if number == freeze_before:
+            freeze_precisely(task, [step])
         task.loss(step).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -139,10 +145,20 @@ def train_simulated(model, arm, plan):
 
 @pytest.mark.parametrize(("arm", "model"), FITTING)
 def test_the_ranks_and_their_simulation_agree(run, model, arm):
+    agree(run, model, arm)
+
+
+@pytest.mark.parametrize(("arm", "model"), [("bn", "shared"), pytest.param("pairs", "resnet", marks=pytest.mark.slow)])
+def test_they_agree_when_they_freeze(run, model, arm):
+    agree(run, model, arm, freeze_before=1)
+
+
+def agree(run, model, arm, freeze_before=None):
     # the head of "shared" has one value per image
     for plan in (BatchPlan(2, 4), BatchPlan(3 if model == "shared" else 1, 2, 3)):
-        ranks = run(train_rank, plan.world_size, model, arm, plan.accumulate, plan.per_rank_batch_size)
-        task = train_simulated(model, arm, plan)
+        sizes = (plan.accumulate, plan.per_rank_batch_size)
+        ranks = run(train_rank, plan.world_size, model, arm, *sizes, freeze_before)
+        task = train_simulated(model, arm, plan, freeze_before)
         mine = task.net.state_dict()
         assert mine.keys() == ranks[0].keys()
         for name, value in ranks[0].items():  # what DDP saves

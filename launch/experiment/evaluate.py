@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -23,7 +23,6 @@ from syncbn.statistics.freeze import is_frozen
 from syncbn.statistics.precise import BEFORE_WARMUP
 
 MODES = ("rank0", "averaged", "precise", "batch")
-NUM_PRECISE = 2048  # training images for the precise statistics
 
 Layers = dict[str, _BatchNorm]
 
@@ -106,20 +105,14 @@ class Statistics(L.Callback):
 
     def _precise(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         if self.layers:
-            syncbn.update_bn_stats(task, self._batches(trainer))
+            data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+            syncbn.update_bn_stats(task, data.statistics_images())
 
     def _batch(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         for layer in self.layers.values():
             layer.train()
             if isinstance(layer, syncbn.BatchRenorm):
                 layer.num_batches_tracked.fill_(BEFORE_WARMUP)
-
-    def _batches(self, trainer: L.Trainer) -> Iterator[Any]:
-        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-        num_images = max(NUM_PRECISE, data.plan.per_rank_batch_size * data.plan.world_size)
-        for batch in data.statistics_batches(num_images):
-            images, _ = trainer.strategy.batch_to_device(batch)  # normalizes, too
-            yield images
 
 
 def _layers(model: torch.nn.Module) -> Layers:

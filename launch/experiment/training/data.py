@@ -13,6 +13,8 @@ from experiment.training.image_set import Batch, ImageSet, Splits
 from experiment.training.sharding import Draw, FixedBatches, TrainBatches, eval_batches, plan_batches
 from experiment.training.world import World
 
+NUM_PRECISE = 2048  # training images for precise statistics
+
 
 class ImageData(L.LightningDataModule, ABC):
     """Serve one source of images; a subclass says where they come from.
@@ -144,6 +146,13 @@ class ImageData(L.LightningDataModule, ABC):
         """Serve this rank's part of some shuffled training batches, for statistics, as `training_step` sees them."""
         order = torch.randperm(len(self.splits.train), generator=torch.Generator().manual_seed(self.seed))
         return iter(self._loader(self.splits.train, FixedBatches(self.plan.deal(order[:num_images], self._dealt_to))))
+
+    def statistics_images(self) -> Iterator[Tensor]:
+        """Serve this rank's images for precise statistics, normalized, on the device of the running trainer."""
+        assert self.trainer is not None
+        for batch in self.statistics_batches(max(NUM_PRECISE, self.plan.per_rank_batch_size * self.plan.world_size)):
+            images, _ = self.trainer.strategy.batch_to_device(batch)  # normalizes, too
+            yield images
 
     def _eval_loader(self, dataset: ImageSet, indices: Sequence[int]) -> DataLoader[Batch]:
         if not self.eval_in_training_batches:

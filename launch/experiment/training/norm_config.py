@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, cast
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from syncbn.lightning import NormConverter
 def make_converter(norm: DictConfig | None, num_forwards: int | None = None) -> L.Callback | None:
     """Make the callback that converts the model; None leaves it as written.
 
-    `_target_` names a callback (`syncbn.lightning.NormConverter` in every file of conf/norm), or a norm of the user's
-    own: a class or function that makes a module from `num_features` and the file's other keys. Keys that end in
-    `_steps` may be fractions of `num_forwards`, see `count_forwards`.
+    `_target_` names a callback (`syncbn.lightning.NormConverter` in the files of conf/norm, or a subclass of it), or a
+    norm of the user's own: a class or function that makes a module from `num_features` and the file's other keys.
+    Keys that end in `_steps` may be fractions of `num_forwards`, see `count_forwards`.
 
     Raises:
         ValueError: fractions of a number that is not known.
@@ -82,8 +83,14 @@ def initialize(converter: L.Callback | None, net: nn.Module, images: Callable[[]
         syncbn.initialize_weight_norm(net, images())
 
 
+def arm_of(norm: DictConfig | None) -> str:
+    """Name the arm in a run's results: its file in conf/norm, where Hydra ran this program with one; else the norm."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return str(choices.get("norm") or name_of(norm))
+
+
 def name_of(norm: DictConfig | None) -> str:
-    """Name the norm in a run's results."""
+    """Name the norm, as a checkpoint records it."""
     if norm is None:
         return "as written"
     return str(norm.norm) if isinstance(norm.get("norm"), str) else str(norm["_target_"]).rpartition(".")[2]

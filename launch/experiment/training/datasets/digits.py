@@ -1,4 +1,7 @@
-"""Images made from what scikit-learn carries: its digits, plain or laid over its two photos; made once and cached."""
+"""Images made from what scikit-learn carries: its digits, plain or laid over its two photos; made once and cached.
+
+Other digits, and other ways to lay them over the photos, go through the same `make_splits`.
+"""
 
 import zipfile
 from collections.abc import Callable, Sequence
@@ -49,47 +52,51 @@ def digits_on_photos(num_train: int = 14_000, num_val: int = 1_000, num_test: in
     Returns:
         `train_images`, `val_images`, `test_images`, each `(N, 28, 28, 3)`, and `..._labels`, each `(N,)`.
     """
-    return make_splits(_draw, (num_train, num_val, num_test), seed)
+    return make_splits(lay_over_photos, split_digits(), (num_train, num_val, num_test), seed)
 
 
-def make_splits(draw: Draw, nums: Sequence[int], seed: int) -> Arrays:
+def split_digits() -> list[Pair]:
+    """Give the digits for training, validation and testing: [0:1297] for the first two, the others for the third."""
+    images, labels = digits()
+    train = images[:NUM_TRAIN_DIGITS], labels[:NUM_TRAIN_DIGITS]
+    return [train, train, (images[NUM_TRAIN_DIGITS:], labels[NUM_TRAIN_DIGITS:])]
+
+
+def make_splits(draw: Draw, parts: Sequence[Pair], nums: Sequence[int], seed: int) -> Arrays:
     """Draw `nums` training, validation and test images, each split with a random stream of its own.
 
-    `draw(rng, num, images, labels, photos)` makes `num` images and their labels. It gets the digits [0:1297] and the
-    left parts of the photos for training and validation, the others for testing.
+    `draw(rng, num, images, labels, photos)` makes `num` images and their labels. It gets the digits of the split, of
+    `parts`, and the left parts of the photos for training and validation, the right ones for testing.
     """
-    images, labels = digits()
     left, right = photos()
-    train, test = slice(0, NUM_TRAIN_DIGITS), slice(NUM_TRAIN_DIGITS, None)
-    parts = {"train": (train, left), "val": (train, left), "test": (test, right)}
+    splits = zip(("train", "val", "test"), parts, (left, left, right), nums, strict=True)
     arrays: Arrays = {}
-    for index, ((split, (part, background)), num) in enumerate(zip(parts.items(), nums, strict=True)):
-        rng = np.random.default_rng([seed, index])
-        drawn = draw(rng, num, images[part], labels[part], background)
+    for index, (split, (images, labels), background, num) in enumerate(splits):
+        drawn = draw(np.random.default_rng([seed, index]), num, images, labels, background)
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = drawn
     return arrays
 
 
-def _draw(
+def lay_over_photos(
     rng: np.random.Generator,
     num: int,
     images: NDArray[np.uint8],
     labels: NDArray[np.uint8],
     background: list[Image.Image],
 ) -> Pair:
-    """Lay `num` random digits over random photo crops."""
-    large = enlarge(images, DIGIT_SIDE)
+    """Lay `num` random digits over random photo crops: the absolute difference."""
+    scaled = scale(images, DIGIT_SIDE)
     picked = rng.integers(len(images), size=num)
     out = np.empty((num, SIDE, SIDE, 3), np.uint8)
     for i, digit in enumerate(picked):
         crop = crop_photo(rng, background[rng.integers(len(background))], SIDE).astype(np.int16)
         y, x = rng.integers(SIDE - DIGIT_SIDE + 1, size=2)  # the middle, give or take 2 pixels
-        crop[y : y + DIGIT_SIDE, x : x + DIGIT_SIDE] -= large[digit][:, :, None]
+        crop[y : y + DIGIT_SIDE, x : x + DIGIT_SIDE] -= scaled[digit][:, :, None]
         out[i] = np.abs(crop)
     return out, labels[picked]
 
 
-def enlarge(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+def scale(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """Scale gray images `(N, H, W)` to `(N, side, side)`."""
     scaled = [Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR) for image in images]
     return np.stack([np.asarray(image) for image in scaled])

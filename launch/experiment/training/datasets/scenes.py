@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from experiment.training.datasets.digits import Arrays, Pair, crop_photo, enlarge, make_splits
+from experiment.training.datasets.digits import Arrays, Pair, crop_photo, make_splits, scale, split_digits
 
 SIDE = 32
 DIGIT_SIDES = range(14, 19)
@@ -18,12 +18,12 @@ def digit_scenes(num_train: int = 8_000, num_val: int = 300, num_test: int = 600
     """Make scenes of bright digits over a dimmed photo crop, `ink * colour + (1 - ink) * crop`.
 
     A pixel's class is 0 on the background and 1 to 10 under the ink of a digit 0 to 9; digits touch, but share no
-    pixel. Splits as in `digits.make_splits`.
+    pixel. Splits as in `digits.split_digits` and `digits.make_splits`.
 
     Returns:
         `train_images`, `val_images`, `test_images`, each `(N, 32, 32, 3)`, and `..._labels`, each `(N, 32, 32)`.
     """
-    return make_splits(_draw, (num_train, num_val, num_test), seed)
+    return make_splits(_draw, split_digits(), (num_train, num_val, num_test), seed)
 
 
 def _draw(
@@ -34,7 +34,7 @@ def _draw(
     background: list[Image.Image],
 ) -> Pair:
     """Compose `num` scenes of up to 1, 2 or 3 random digits of random size and colour."""
-    large = [enlarge(images, side) for side in DIGIT_SIDES]
+    large = [scale(images, side) for side in DIGIT_SIDES]
     scenes = np.empty((num, SIDE, SIDE, 3), np.uint8)
     maps = np.zeros((num, SIDE, SIDE), np.uint8)
     for scene, classes in zip(scenes, maps, strict=True):

