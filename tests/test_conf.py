@@ -81,7 +81,7 @@ def make(group, choice, tmp_path):
 
 def test_the_groups_are_all_here():
     groups = {group: {c for g, c in CHOICES if g == group} for group, _ in CHOICES}
-    assert groups.keys() == {*DEFAULTS, "norm"}
+    assert groups.keys() == {*DEFAULTS, "norm", "grid"}
     assert groups["norm"] == ARMS.keys()
     assert groups["model"] == {"resnet8", "cifar_resnet", "torchvision", "timm", "unet"}
     assert groups["data"] == {
@@ -95,7 +95,7 @@ def test_the_groups_are_all_here():
     assert groups["task"] == {"sgd", "segmentation"}
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
+@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] != "grid"])
 def test_every_choice_composes_and_makes_what_it_names(group, choice, tmp_path):
     kinds = {
         "data": ImageData,
