@@ -34,7 +34,7 @@ def composed(*overrides, folders=()):
     """Compose as launch/compare.py does: the configuration, and what all cells have in common."""
     search = [f"hydra.searchpath=[{','.join(map(quoted, folders))}]"] if folders else []
     whole = compose("compare", [*search, *overrides], return_hydra_config=True)
-    config = compose("compare", [*search, *overrides])
+    config = OmegaConf.masked_copy(whole, [name for name in whole if name != "hydra"])
     return config, shared_overrides(config, whole.hydra.runtime.choices, overrides, folders)
 
 
@@ -151,7 +151,7 @@ def test_simulated_nodes():
         *((f"{axis}=bn", f"expected {axis} to be a list of at least one value, got 'bn'") for axis in AXES),
         ("arms=null", "expected arms to be a list"),
         ("evaluate=rank0", "expected evaluate to be a list"),
-        ("arms=[bn,batchnorm]", "unknown arm 'batchnorm': .* bn, .*frozen, gn, .*none, .*syncbn, syncbn_2,"),
+        ("arms=[bn,batchnorm]", "unknown arm 'batchnorm': .* bn, .*frozen, .*gn, .*none, .*syncbn, syncbn_2,"),
         ("arms=[null]", "unknown arm None"),
         ("per_rank_batch_sizes=[1,0]", r"per_rank_batch_sizes, at least 1, got \[0\]"),
         ("per_rank_batch_sizes=[1.5]", r"got \[1.5\]"),
