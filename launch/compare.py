@@ -28,6 +28,7 @@ from experiment.comparison import page, terminal_table
 from experiment.comparison.cell import Cell
 from experiment.comparison.grid import base_config, make_cells, make_selections, with_choice
 from experiment.comparison.overrides import shared_overrides
+from experiment.comparison.plan import Plan
 from experiment.comparison.progress_display import watch
 from experiment.comparison.results_file import Results
 from experiment.comparison.runner import Share, run_cells
@@ -52,9 +53,14 @@ def search_folders() -> list[str]:
     return [f"{s.schema}://{Path(s.path).absolute() if s.schema == 'file' else s.path}" for s in sources]
 
 
-def check_resumable(results: Results, cells: Sequence[Cell]) -> None:
-    """Refuse to add to results that do not compare with what would be added."""
-    todo = [cell for cell in cells if not is_done(results, cell)]
+def check_resumable(results: Results, cells: Sequence[Cell], todo: Sequence[Cell]) -> None:
+    """Refuse to add to results that do not compare with what would be added.
+
+    Args:
+        results: Those there are.
+        cells: Of the grid and of the choice of learning rates.
+        todo: Those that would be run.
+    """
     if todo and results.others:
         raise ValueError(
             f"{results.path} holds results made with {' and '.join(results.others)}; here it is otherwise, and "
@@ -63,7 +69,7 @@ def check_resumable(results: Results, cells: Sequence[Cell]) -> None:
     for cell in cells:
         row = results.rows.get(cell.id, {})
         norm = row.get("norm", cell.norm)
-        if row.get("status") == "done" and {**norm, **cell.norm} != norm:
+        if row.get("status") == "done" and norm != cell.norm:
             raise ValueError(
                 f"{results.path} holds results of another arm {cell.arm!r}, {norm}; here it is {cell.norm}: "
                 "set output_dir, or give the new arm a file of its own name. Nothing was changed"
@@ -73,15 +79,18 @@ def check_resumable(results: Results, cells: Sequence[Cell]) -> None:
 def is_done(results: Results, cell: Cell) -> bool:
     """Whether a cell has its result, by the learning rate that is chosen now."""
     row = results.rows.get(cell.id, {})
-    return row.get("status") == "done" and (cell.selection is None or row.get("selection") == cell.selection)
+    if row.get("status") != "done" or cell.selection is None:
+        return row.get("status") == "done"
+    before = row.get("selection") or {}
+    return all(before.get(name) == cell.selection[name] for name in ("lr", "options"))
 
 
 def choose(selections: Sequence[ArmSelection], results: Results, run: Callable[[list[Cell]], None]) -> dict[str, Any]:
-    """Run the selection of every arm to its end, and give what was chosen."""
+    """Run the selection of every arm to its end, and give what was chosen, for arms of which any run ended."""
     while todo := [cell for selection in selections for cell in selection.next(results.rows)]:
         run(todo)
     found = {selection.like.arm: selection.choice(results.rows) for selection in selections}
-    return {arm: choice for arm, choice in found.items() if choice is not None}  # else the cells tell what fails
+    return {arm: choice for arm, choice in found.items() if choice is not None}
 
 
 def finish(
@@ -92,18 +101,28 @@ def finish(
     tried = [row for selection in selections for row in selection.rows(results.rows)]
     arguments = [a for a in sys.argv[1:] if not a.startswith("output_dir=")]
     command = shlex.join(["python", "launch/compare.py", *arguments])
-    planned = [(str(first), str(second)) for first, second in config.planned]
     path = page.write_report(
         [*tried, *rows],
         Path(str(config.output_dir)),
         title="Normalization at small per-rank batches",
         command=command,
-        planned=planned,
+        plan=plan_of(config),
         missing=len(cells) - len(rows),
     )
-    terminal_table.print_table(rows, console, planned)
+    terminal_table.print_table([*tried, *rows], console, plan_of(config))
     console.print(f"report: {path}", markup=False, soft_wrap=True)
-    return sum(row["status"] == "failed" for row in rows)
+    return sum(row["status"] == "failed" for row in (*tried, *rows))
+
+
+def plan_of(config: DictConfig) -> Plan:
+    """Give what the settings state beforehand, of the arms that are compared."""
+    pairs = [(str(first), str(second)) for first, second in config.planned]
+    return Plan(
+        tuple((first, second) for first, second in pairs if {first, second} <= set(config.arms)),
+        min(config.per_rank_batch_sizes),
+        tuple(sorted(set(config.world_sizes))),
+        config.margin,
+    )
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="compare")
@@ -118,7 +137,9 @@ def main(config: DictConfig) -> None:
     share = Share.of_machine(num_processes, config.jobs, versions["device"])
     folder = Path(str(config.output_dir))
     with Results(folder / "results.jsonl", base_config(config, shared), versions) as results:
-        check_resumable(results, cells)
+        candidates = [cell for selection in selections for cell in selection.known(results.rows)]
+        waiting = [cell for cell in (*candidates, *cells) if not is_done(results, cell)]
+        check_resumable(results, [*candidates, *cells], waiting)
         for failed in [cell for cell, row in results.rows.items() if row["status"] != "done"]:
             results.rows.pop(failed)  # the report waits for the new try
         for note in results.notes:
@@ -137,7 +158,8 @@ def main(config: DictConfig) -> None:
             for cell in cells:
                 if not is_done(results, cell):
                     results.rows.pop(cell.id, None)
-            run([cell for cell in cells if cell.id not in results.rows], cells)
+            runnable = [cell for cell in cells if not selections or cell.arm in choices]
+            run([cell for cell in runnable if cell.id not in results.rows], runnable)
         except KeyboardInterrupt:
             num_done = sum(cell.id in results.rows for cell in cells)
             console.print(f"stopped with {num_done} of {len(cells)} cells done; the same command goes on")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 COMPARE = ROOT / "launch" / "compare.py"
 QUICK = Path(__file__).parent / "quick_train.py"
 FOUR = ["arms=[bn,syncbn]", "per_rank_batch_sizes=[2]", "seeds=[0,1]", "jobs=2", "select_lr=null"]
-CHOOSE = ["arms=[bn,gn]", "seeds=[0]", "jobs=2", "~select_lr.options.gn"]
+CHOOSE = ["arms=[bn,gn]", "seeds=[0]", "jobs=2", "select_lr.options.gn=[{num_groups: 4}, {num_groups: 16}]"]
 SMALL = [
     "select_lr=null",
     "data.num_train=64",
@@ -140,42 +140,62 @@ def test_a_grid_runs_to_its_report(here, monkeypatch, capfd):
 def test_learning_rates_are_chosen_before_the_grid_is_run(here, monkeypatch, capfd):
     """The last word about an arm is that of its validation error; a stop in between costs nothing that is done."""
     with monkeypatch.context() as patch:
-        patch.setenv("QUICK_FAILS", "select-gn-lr0.4")
-        assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 0
+        patch.setenv("QUICK_FAILS", "select-gn-w4-lr0.4-num_groups16")
+        assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 1
     rows = rows_of(here / "out")
     tried = {cell: row for cell, row in rows.items() if row["candidate"]}
-    assert sorted(tried) == [f"select-{arm}-lr{lr}-s100" for arm in ("bn", "gn") for lr in (0.05, 0.1, 0.2, 0.4)]
-    assert set(list(rows)[:8]) == set(tried)
+    rates = (0.05, 0.1, 0.2, 0.4)
+    names = [f"bn-w4-lr{lr}" for lr in rates] + [f"gn-w4-lr{lr}-num_groups{n}" for lr in rates for n in (4, 16)]
+    assert sorted(tried) == sorted(f"select-{name}-s100" for name in names)
+    assert set(list(rows)[:12]) == set(tried)
     for row in tried.values():
         words = shlex.split(row["command"])
-        assert words[-4:-1] == ["eval_split=val", "evaluate=[rank0]", "trainer.max_epochs=1"]
-        assert words[-1].startswith("task.lr=")
+        assert {"eval_split=val", "evaluate=[rank0]", "trainer.max_epochs=1"} < set(words)
         assert "test_error" not in str(row.get("evaluations"))
     cells = {cell: row for cell, row in rows.items() if not row["candidate"]}
     assert sorted(cells) == ["bn-w4-p1-s0", "bn-w4-p2-s0", "gn-w4-s0"]
     for row in cells.values():
-        assert row["command"].endswith(" task.lr=0.2")
+        assert " task.lr=0.2" in row["command"]
         assert "eval_split" not in row["command"]
         assert (row["lr"], row["selection"]["lr"], row["selection"]["at_edge"]) == (0.2, 0.2, False)
-        assert row["selection"]["rates"] == [0.05, 0.1, 0.2, 0.4]
-    assert "select-bn-lr0.1-s100: validation error 10.0 %" in capfd.readouterr().out
+        assert len(row["selection"]["tried"]) == {"bn": 4, "gn": 8}[row["arm"]]
+    assert cells["gn-w4-s0"]["command"].endswith(" task.lr=0.2 ++norm.num_groups=4")
+    assert "select-bn-w4-lr0.1-s100: validation error 10.0 %" in capfd.readouterr().out
     before = (here / "out" / "results.jsonl").read_bytes()
     assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 0  # what failed runs again, and changes no choice
     after = (here / "out" / "results.jsonl").read_bytes()
     assert after.startswith(before)
-    assert [json.loads(line)["cell"] for line in after[len(before) :].splitlines()] == ["select-gn-lr0.4-s100"]
+    assert [json.loads(line)["cell"] for line in after[len(before) :].splitlines()] == [
+        "select-gn-w4-lr0.4-num_groups16-s100"
+    ]
 
 
-def test_an_arm_of_which_every_candidate_fails_does_not_stop_the_others(here, monkeypatch, capfd):
+@pytest.mark.slow
+def test_an_arm_of_which_every_candidate_fails_is_not_run_and_does_not_stop_the_others(here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("QUICK_FAILS", "gn-")
         assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 1
     rows = rows_of(here / "out")
     assert {row["status"] for row in rows.values() if row["arm"] == "bn"} == {"done"}
-    assert rows["gn-w4-s0"]["reason"].startswith("RuntimeError: no luck today")
-    assert rows["gn-w4-s0"]["selection"] is None
+    assert {row["status"] for row in rows.values() if row["arm"] == "gn"} == {"failed"}
+    assert "gn-w4-s0" not in rows
     assert compare(monkeypatch, *CHOOSE, "output_dir=out") == 0
     assert rows_of(here / "out")["gn-w4-s0"]["selection"]["lr"] == 0.2
+
+
+@pytest.mark.slow
+def test_an_arm_that_changed_since_its_rate_was_chosen_is_refused(here, monkeypatch, capfd):
+    file = here / "own" / "norm" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("_target_: torch.nn.GroupNorm\nnum_groups: 2\n")
+    arguments = ["--config-dir", "own", "arms=[mine]", "per_rank_batch_sizes=[2]", "seeds=[0]", "output_dir=out"]
+    with monkeypatch.context() as patch:
+        patch.setenv("QUICK_FAILS", "mine-w4-p2-s0")
+        assert compare(monkeypatch, *arguments) == 1
+    file.write_text("_target_: torch.nn.GroupNorm\nnum_groups: 4\n")
+    capfd.readouterr()
+    assert compare(monkeypatch, *arguments) == 1
+    assert "results of another arm 'mine'" in capfd.readouterr().err
 
 
 def test_the_same_command_runs_nothing_again(here, monkeypatch, capfd):

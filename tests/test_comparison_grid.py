@@ -39,7 +39,10 @@ def composed(*overrides, folders=()):
 
 
 def grid(*overrides, folders=()):
-    return make_cells(*composed(*overrides, folders=folders))
+    config, shared = composed(*overrides, folders=folders)
+    cells = make_cells(config, shared)
+    make_selections(config, shared)
+    return cells
 
 
 def as_config(cell):
@@ -72,6 +75,8 @@ def test_an_arm_without_the_batch_runs_once_per_seed_if_only_the_batch_changes()
     several = [f"wn_mean_only-w{w}-p{p}-s5" for w in (2, 4) for p in (4, 1)]
     assert sorted(ids) == sorted(["gn-w2-s5", "gn-w4-s5", "wn-w2-s5", "wn-w4-s5", *several])
     assert len(grid(*axes, "isolate=linear")) == 12  # the SGD batch changes, too
+    either = grid(*axes, "+select_lr.options.wn=[{mean_only: false}, {mean_only: true}]")
+    assert len([cell for cell in either if cell.arm == "wn"]) == 4  # it may choose to use the batch
 
 
 def test_which_arms_do_not_use_the_batch():
@@ -89,6 +94,7 @@ def test_which_arms_do_not_use_the_batch():
         [first, second] = [net(torch.cat([images, other]))[0].detach() for other in others]
         assert is_batch_free(norm) == torch.allclose(first, second, atol=1e-5), path.stem
     assert not is_batch_free({"_target_": "torch.nn.GroupNorm"})
+    assert not is_batch_free({**OmegaConf.load(CONF / "norm" / "gn.yaml"), "exclude": ["1"]})
     assert not BATCH_FREE - set(REGISTRY)
 
 
@@ -173,14 +179,20 @@ def test_simulated_nodes():
         ("data.accumulate=2", "belong to the cells"),
         ("data.global_batch_size=0", "data.global_batch_size to be a whole number of at least 1, got 0"),
         ("data.global_batch_size=32.0", "whole number of at least 1, got 32.0"),
-        ("select_lr.lr_factors=[1]", r"lr_factors to be two or more, each above 0, got \[1\]"),
-        ("select_lr.lr_factors=[1,-1]", "lr_factors to be two or more"),
+        ("select_lr.lr_factors=[1]", r"lr_factors to be two numbers or more, each above 0, got \[1\]"),
+        ("select_lr.lr_factors=[1,-1]", "lr_factors to be two numbers or more"),
+        ("select_lr.lr_factors=[1,1.0001]", "lr_factors to be two numbers or more"),
+        ("+select_lr.options.bnn=[{eps:1}]", "select_lr.options has unknown arm 'bnn'"),
+        ("+select_lr.options.syncbn=[{process_group:2}]", "options.syncbn cannot choose process_group"),
+        ("select_lr.per_rank_batch_size=3", r"select_lr.per_rank_batch_size cannot be run:.*3 images x 4 ranks"),
+        ("margin=0", "expected margin to be a fraction of error, above 0, got 0"),
+        ("planned=[[bn,sycnbn]]", r"pairs of arms, .* got \[\['bn', 'sycnbn'\]\]; the arms are bn, brn"),
         ("select_lr.seed=2", r"select_lr.seed=2 is one of seeds=\[0, 1, 2\]"),
         ("select_lr.max_epochs=0.5", "select_lr.max_epochs to be a whole number of at least 1, got 0.5"),
         ("select_lr=true", "select_lr to be null, or to have lr_factors, seed"),
         ("+select_lr.rates=[1]", "select_lr to be null, or to have lr_factors, seed"),
         ("select_lr.options={gn:8}", "select_lr.options.gn to be a list of settings"),
-        ("task.lr=null", "task.lr to be a learning rate, which select_lr varies, got None"),
+        ("task.lr=null", "task.lr to be a learning rate, which select_lr varies, got None; select_lr=null"),
         ("planned=[bn,syncbn]", r"planned to be a list of pairs of arms, .* got \['bn', 'syncbn'\]"),
         ("planned=null", "planned to be a list of pairs"),
         ("+norm=gn", r"no setting of a comparison: norm\. .* in arms=\[...\]"),
@@ -277,8 +289,8 @@ def test_what_cells_have_in_common(monkeypatch):
     others = ("model.width=8", "task.lr=1", "isolate=none", "engine=torchrun", "evaluate=[batch]", "node_size=2")
     for other in (*others, "select_lr.seed=7", "select_lr=null", "planned=[[bn,syncbn]]"):
         assert common(other) != here
-    names = {"data", "model", "task", "trainer", "engine", "isolate", "node_size", "evaluate", "select_lr", "planned"}
-    assert set(here) == names
+    names = {"data", "model", "task", "trainer", "engine", "isolate", "node_size", "evaluate"}
+    assert set(here) == {*names, "select_lr", "planned", "margin"}
 
 
 def test_the_configuration_is_that_of_a_run():

@@ -11,19 +11,19 @@ SELECT = ("arms=[gn,bn]", "select_lr.options={gn: [{num_groups: 2}, {num_groups:
 
 
 def test_candidates_read_validation_images_with_a_seed_and_batch_of_their_own():
-    config, shared = composed(*SELECT, "select_lr.lr_factors=[1,3]", "evaluate=[batch]", "trainer.max_epochs=7")
+    config, shared = composed(*SELECT, "select_lr.lr_factors=[1,3]", "evaluate=[batch,rank0]", "trainer.max_epochs=7")
     gn, bn = make_selections(config, shared)
     runs = [as_config(cell) for cell in (*gn.next({}), *bn.next({}))]
     groups = [(run.norm.get("num_groups"), run.norm.get("channels_per_group")) for run in runs]
     assert groups == [(2, None)] * 2 + [(None, 4)] * 2 + [(None, None)] * 2
     assert [run.task.lr for run in runs] == [0.1, 0.3] * 3
     for run in runs:
-        assert (run.eval_split, run.evaluate, run.seed, run.trainer.max_epochs) == ("val", ["rank0"], 100, 1)
+        assert (run.eval_split, run.evaluate, run.seed, run.trainer.max_epochs) == ("val", ["batch"], 100, 1)
         assert (run.data.per_rank_batch_size, run.data.accumulate, run.simulate) == (2, 4, 4)
     assert all(as_config(cell).eval_split == "test" for cell in make_cells(config, shared))
     ids = [cell.id for cell in gn.next({})]
-    assert ids[0] == "select-gn-lr0.1-num_groups2-s100"
-    assert ids[-1] == "select-gn-lr0.3-num_groupsNone-channels_per_group4-s100"
+    assert ids[0] == "select-gn-w4-lr0.1-num_groups2-s100"
+    assert ids[-1] == "select-gn-w4-lr0.3-num_groupsNone-channels_per_group4-s100"
 
 
 def run_selection(selection, error):
@@ -55,7 +55,8 @@ def test_the_best_rate_is_taken_and_the_grid_continued_at_its_edge(best, tried, 
     rates, rows = run_selection(selection, lambda lr, norm: abs(math.log(lr / best)) / 10)
     assert rates == tried
     choice = selection.choice(rows)
-    assert (choice["lr"], choice["at_edge"], choice["rates"]) == (chosen, at_edge, sorted(tried))
+    assert (choice["lr"], choice["at_edge"]) == (chosen, at_edge)
+    assert list(choice["tried"]) == [f"lr {rate:g}" for rate in sorted(tried)]
     assert choice["val_error"] == pytest.approx(abs(math.log(chosen / best)) / 10)
 
 
@@ -68,8 +69,10 @@ def test_options_are_chosen_with_the_rate_and_reach_the_cells():
     assert choice["options"] == {"num_groups": None, "channels_per_group": 4}
     assert len(gn.rows(rows)) == 6
     [cell] = [with_choice(c, choice) for c in make_cells(config, shared) if c.id == "gn-w4-s0"]
-    assert as_config(cell).norm == cell.norm
-    assert (as_config(cell).task.lr, cell.norm["channels_per_group"], cell.norm["num_groups"]) == (0.1, 4, None)
+    run = as_config(cell)
+    assert (run.task.lr, run.norm.channels_per_group, run.norm.num_groups) == (0.1, 4, None)
+    assert cell.norm["num_groups"] == 8  # as the arm's file says: what was chosen stands in `selection`
+    assert len(choice["tried"]) == 6
     assert cell.coordinates()["selection"] == choice
 
 
@@ -79,3 +82,19 @@ def test_ties_go_to_the_smaller_loss_and_failures_are_worst():
     assert selection.choice(rows)["lr"] == 0.2  # the loss is the rate here
     _, rows = run_selection(selection, lambda lr, norm: None)
     assert selection.choice(rows) is None
+
+
+def test_a_failure_beyond_the_best_rate_does_not_hide_that_it_is_the_last():
+    [selection] = make_selections(*composed("arms=[bn]"))
+    rates, rows = run_selection(selection, lambda lr, norm: None if lr > 0.4 else 1 - lr)
+    assert rates == [0.05, 0.1, 0.2, 0.4, 0.8]
+    choice = selection.choice(rows)
+    assert (choice["lr"], choice["at_edge"], choice["tried"]["lr 0.8"]) == (0.4, True, None)
+
+
+def test_each_number_of_ranks_chooses_for_itself():
+    ids = [
+        {cell.id for cell in make_selections(*composed("arms=[bn]", f"world_sizes={sizes}"))[0].next({})}
+        for sizes in ("[4]", "[2,4]")
+    ]
+    assert not ids[0] & ids[1]

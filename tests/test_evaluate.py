@@ -188,8 +188,6 @@ def test_a_run_that_chooses_settings_reads_no_test_image(tmp_path, monkeypatch):
     assert not [name for name in results if name.startswith("test")]
     with pytest.raises(AssertionError, match="a test image was read"):
         simulated(tmp_path / "test", monkeypatch, *settings)
-    with pytest.raises(ValueError, match="expected validation images, for eval_split=val, got none"):
-        simulated(tmp_path / "none", monkeypatch, *settings, "eval_split=val", "data.num_val=0")
     with pytest.raises(ValueError, match="expected eval_split to be test or val, got 'train'"):
         simulated(tmp_path / "train", monkeypatch, *settings, "eval_split=train")
 

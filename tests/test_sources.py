@@ -7,6 +7,7 @@ from PIL import Image
 
 from experiment.training.datasets import scenes
 from experiment.training.datasets.sources import Cifar10, Digits, DigitScenes, Folder
+from experiment.training.image_set import ImageSet, Splits
 from experiment.training.sharding import Draw
 
 COLOUR = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
@@ -94,6 +95,31 @@ def test_folder_of_images(tmp_path, splits):
     assert (data.splits.val is None) == ("val" not in splits)
     assert data.splits.test[Draw([], 0)][0].shape == (0, 3, 16, 16)
     assert len(list(data.train_dataloader())) == 3
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("train", "test"), ("train", "val", "test")])
+def test_a_folder_validates_with_other_images_than_it_tests(tmp_path, splits):
+    """Where only the test images are left, some of the training images are held out."""
+    write_folder(tmp_path, splits)
+    data = Folder(str(tmp_path), size=16, global_batch_size=2, eval_split="val", **COLOUR)
+    data.load()
+    assert data.eval_set is data.splits.val is not data.splits.test
+    is_held_out = splits != ("train", "val", "test")
+    sizes = [len(part) for part in (data.splits.train, data.splits.train_plain, data.splits.val, data.splits.test)]
+    assert sizes == ([5, 5, 1, 6] if is_held_out else [6, 6, 6, 6])
+    assert len(list(data.test_dataloader()[0])) == 1
+
+
+def test_held_out_images_are_no_longer_trained_on():
+    images = torch.arange(25, dtype=torch.uint8).view(25, 1, 1, 1)
+    whole = ImageSet(images, torch.arange(25))
+    splits = Splits(whole, whole, None, whole, num_classes=25).hold_out()
+    val, _ = splits.val[Draw(list(range(len(splits.val))), 0)]
+    train, labels = splits.train[Draw(list(range(len(splits.train))), 0)]
+    assert val.flatten().tolist() == [0, 10, 20]
+    assert sorted([*val.flatten().tolist(), *train.flatten().tolist()]) == [*range(25)]
+    assert labels.tolist() == train.flatten().tolist()
+    assert splits.test is whole
 
 
 def test_folder_missing_or_of_other_classes(tmp_path):

@@ -61,8 +61,8 @@ def evaluate(trainer: L.Trainer, task: Task, data: ImageData, modes: Sequence[st
             num_images -= num_images % (data.plan.per_rank_batch_size * data.plan.world_size)
         [metrics, train_metrics] = trainer.test(task, datamodule=data, weights_only=True, verbose=False)
         results[mode] = {
-            f"{data.eval_split}_error": 1 - metrics[f"test/{task.score}"],
-            f"{data.eval_split}_loss": _finite(metrics["test/loss"]),
+            f"{data.eval_split}_error": 1 - metrics[f"{data.eval_split}/{task.score}"],
+            f"{data.eval_split}_loss": _finite(metrics[f"{data.eval_split}/loss"]),
             "train_error": 1 - train_metrics[f"train_eval/{task.score}"],
             "train_loss": _finite(train_metrics["train_eval/loss"]),
             f"num_{data.eval_split}": num_images,

@@ -36,7 +36,8 @@ class Cell:
     def id(self) -> str:
         """Name the cell in the results, and its folder."""
         if self.candidate is not None:
-            return f"select-{self.arm}-{self.candidate.replace(', ', '-').replace(' ', '')}-s{self.seed}"
+            tried = self.candidate.replace(", ", "-").replace(" ", "")
+            return f"select-{self.arm}-w{self.world_size}-{tried}-s{self.seed}"
         group = "" if self.group_size is None else f"-g{self.group_size}"
         batch = "" if self.once_per_seed else f"-p{self.per_rank_batch_size}"
         return f"{self.arm}{group}-w{self.world_size}{batch}-s{self.seed}"
@@ -50,4 +51,6 @@ class Cell:
 
 def is_batch_free(norm: Mapping[str, Any]) -> bool:
     """Whether no arm of this file lets images of one batch change each other; unknown norms may."""
-    return norm.get("_target_") == CONVERTER and norm.get("norm") in BATCH_FREE and not norm.get("mean_only")
+    if norm.get("_target_") != CONVERTER or norm.get("norm") not in BATCH_FREE:
+        return False
+    return not (norm.get("mean_only") or norm.get("include") or norm.get("exclude"))  # other layers stay BatchNorm

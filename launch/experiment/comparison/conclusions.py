@@ -1,52 +1,44 @@
 """Sentences on what the numbers of a comparison show, and what they do not."""
 
-from collections.abc import Sequence
-
 from experiment.comparison.formatting import count, limits, p_text, percent
+from experiment.comparison.plan import Plan
 from experiment.comparison.results_table import REFERENCE, Difference, ResultsTable
-from experiment.comparison.statistics import SIGNIFICANCE, Interval, seeds_to_settle
+from experiment.comparison.statistics import Interval
 
-NEAR = 0.02  # of error: a change that surely lies within 2 points is none to care about
-QUESTIONS = {  # asked arm: what it does if its change surely lies within NEAR
-    "bn": "does not degrade at small batches",
-    "syncbn": "stays near its large-batch error",
-}
+ASKED = ("bn", "syncbn")  # how does their error change with the batch?
 UNDER_TRAINED = 2.0  # times the train error of the reference
-Pairs = Sequence[tuple[str, str]]
+EXPLORATORY = "Exploratory: "  # before each sentence on what was not stated beforehand
 
 
-def draw_conclusions(results: ResultsTable, pairs: Pairs) -> dict[str, list[str]]:
+def draw_conclusions(results: ResultsTable, plan: Plan) -> dict[str, list[str]]:
     """Answer the comparison's questions, a list of sentences for every world size.
 
     Args:
         results: The cells.
-        pairs: Of arms, whose difference at the smallest batch was stated beforehand to be tested.
+        plan: What was stated beforehand to be tested.
     """
     if not results.done:
         return {"": ["No cell has finished, so nothing can be told."]}
-    planned = results.planned(pairs)
+    planned = plan.differences(results)
     sentences = {}
     for world_size in results.world_sizes:
         lines = [line for line in planned if line.world_size == world_size]
-        found = [_against(line, settle(line, len(planned))) for line in lines]
-        found += [f"{first} was to be compared with {second}, and no seed has both." for first, second in pairs
-                  if (first, second) not in [(line.label, line.against) for line in lines]]  # fmt: skip
-        found += [_change(results, label, world_size) for label in QUESTIONS]
-        sentences[count(world_size, "rank")] = [*found, *_training(results, world_size)]
+        found = [_against(line, plan.verdict(line)) for line in lines]
+        found += _missing(plan, lines) if world_size in plan.world_sizes else []
+        others = [_change(results, label, world_size, plan.margin) for label in ASKED]
+        others += _training(results, world_size)
+        sentences[count(world_size, "rank")] = [*found, *(EXPLORATORY + sentence for sentence in others)]
     return sentences
 
 
-def settle(line: Difference, num_planned: int) -> str:
-    """Say what a planned comparison comes to: shown, none to care about, or how many seeds would settle it."""
-    lower, upper = line.interval.lower, line.interval.upper
-    if line.corrected is None or lower is None or upper is None:
-        return "one seed cannot settle it"
-    if line.corrected < SIGNIFICANCE:
-        return "shown"
-    if lower >= -NEAR and upper <= NEAR:
-        return f"no difference of {100 * NEAR:.0f} points or more"
-    n = seeds_to_settle(line.interval, SIGNIFICANCE / num_planned, NEAR)
-    return "open" if n is None else f"open; about {n} seeds would settle it"
+def _missing(plan: Plan, lines: list[Difference]) -> list[str]:
+    ended = [(line.label, line.against) for line in lines]
+    where = f"at {_per_rank(plan.per_rank_batch_size)}"
+    return [
+        f"Stated beforehand: {first} was to be compared with {second} {where}, and no seed has both."
+        for first, second in plan.pairs
+        if (first, second) not in ended
+    ]
 
 
 def _against(line: Difference, verdict: str) -> str:
@@ -60,7 +52,7 @@ def _against(line: Difference, verdict: str) -> str:
     return f"Stated beforehand: {where} {how} ({facts}): {verdict}."
 
 
-def _change(results: ResultsTable, label: str, world_size: int) -> str:
+def _change(results: ResultsTable, label: str, world_size: int, margin: float) -> str:
     """Say how an arm's error at its smallest batch differs from that at its largest."""
     batches = results.batches(world_size, label)
     if not batches:
@@ -76,19 +68,18 @@ def _change(results: ResultsTable, label: str, world_size: int) -> str:
     else:
         how = f"{_points(line.interval, 'higher', 'lower')} at {_per_rank(small)} than at {large}"
     facts = f"its test error is {how} ({_certainty(line.interval)})"
-    return f"{_change_verdict(label, line)}: {facts}."
+    return f"{_change_verdict(label, line, margin)}: {facts}."
 
 
-def _change_verdict(label: str, line: Difference) -> str:
-    change, lower, upper = line.interval, line.interval.lower, line.interval.upper
+def _change_verdict(label: str, line: Difference, margin: float) -> str:
+    lower, upper = line.interval.lower, line.interval.upper
     if line.p is None or lower is None or upper is None:
-        return f"Whether {label} changes with the batch cannot be told from one seed"
-    if lower >= -NEAR and upper <= NEAR:
-        return f"{label} {QUESTIONS[label]}, within {100 * NEAR:.0f} points"
-    if line.p < SIGNIFICANCE:
-        return f"{label} {'degrades' if change.mean > 0 else 'is better'} at small batches"
-    large = f"{100 * NEAR:.0f} points or more"
-    return f"No change of {label} with the batch is shown, but {change.n} seeds cannot exclude one of {large}"
+        return f"whether {label} changes with the batch cannot be told from one seed"
+    if lower >= -margin and upper <= margin:
+        return f"{label} changes with the batch by less than {percent(margin)} points"
+    if line.interval.half and (lower > 0 or upper < 0):
+        return f"{label} {'degrades' if lower > 0 else 'is better'} at small batches"
+    return f"no change of {label} with the batch is seen, but its interval holds {percent(margin)} points and more"
 
 
 def _training(results: ResultsTable, world_size: int) -> list[str]:
@@ -103,7 +94,7 @@ def _training(results: ResultsTable, world_size: int) -> list[str]:
     if not far:
         return []
     return [
-        f"At {_per_rank(batch)} the train error, in eval mode, is more than twice that of {REFERENCE} "
+        f"at {_per_rank(batch)} the train error, in eval mode, is more than twice that of {REFERENCE} "
         f"({percent(known[REFERENCE])} %) for {', '.join(far)}: these arms fit the training images less, too."
     ]
 

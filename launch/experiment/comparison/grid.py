@@ -29,6 +29,7 @@ def make_cells(config: DictConfig, shared: Sequence[str]) -> list[Cell]:
     """
     grid_checks.check_settings(config)
     norms = {arm: _norm(arm, shared) for arm in config.arms}
+    grid_checks.check_arms(config, norm_files(shared))
     cells, problems = list[Cell](), list[str]()
     axes = (config.seeds, config.world_sizes, config.per_rank_batch_sizes, norms)
     for seed, world_size, per_rank, arm in itertools.product(*axes):
@@ -51,11 +52,11 @@ def make_selections(config: DictConfig, shared: Sequence[str]) -> list[ArmSelect
     if select is None:
         return []
     point = (select.per_rank_batch_size, config.world_sizes[0], None, select.seed)
-    cells = [_cell(config, shared, _norm(arm, shared), arm, *point) for arm in config.arms]
-    problems = [f"select_lr: {problem}" for cell in cells for problem in grid_checks.problems(config, cell)]
+    cells = [_cell(config, shared, _norm(arm, shared), arm, *point) for arm in dict.fromkeys(config.arms)]
+    problems = [problem for cell in cells for problem in grid_checks.problems(config, cell)]
     if problems:
-        raise ValueError("\n  ".join(["no learning rate can be chosen:", *dict.fromkeys(problems)]))
-    return [ArmSelection(select, config.task.lr, cell) for cell in cells]
+        raise ValueError("\n  ".join(["select_lr.per_rank_batch_size cannot be run:", *dict.fromkeys(problems)]))
+    return [ArmSelection(select, config.task.lr, config.evaluate[0], cell) for cell in cells]
 
 
 def with_choice(cell: Cell, choice: Mapping[str, Any]) -> Cell:
@@ -65,7 +66,6 @@ def with_choice(cell: Cell, choice: Mapping[str, Any]) -> Cell:
     return replace(
         cell,
         overrides=(*cell.overrides, *overrides),
-        norm={**cell.norm, **options},
         selection=dict(choice),
     )
 
@@ -76,13 +76,18 @@ def base_config(config: DictConfig, shared: Sequence[str]) -> dict[str, Any]:
     assert isinstance(train, dict)
     common = {str(group): train[group] for group in GROUPS if group != "logger"}
     common["data"].pop("cache_dir", None)  # where the same images lie
-    settings = ("engine", "isolate", "node_size", "evaluate", "select_lr", "planned")
+    settings = ("engine", "isolate", "node_size", "evaluate", "select_lr", "planned", "margin")
     return {**common, **{name: OmegaConf.to_container(config)[name] for name in settings}}  # type: ignore[index,call-overload]
+
+
+def norm_files(shared: Sequence[str]) -> list[str]:
+    """List the arms there are: the files of conf/norm, and of the user's own folders."""
+    return GlobalHydra.instance().config_loader().get_group_options("norm", overrides=[*shared])
 
 
 def _norm(arm: str, shared: Sequence[str]) -> Norm:
     """Read the file of an arm."""
-    choices = GlobalHydra.instance().config_loader().get_group_options("norm", overrides=[*shared])
+    choices = norm_files(shared)
     if arm not in choices:
         raise ValueError(f"unknown arm {arm!r}: expected files of conf/norm, which are {', '.join(sorted(choices))}")
     norm = OmegaConf.to_container(compose("train", [*shared, f"+norm={arm}"]).norm)
@@ -104,7 +109,8 @@ def _cell(
     accumulate = config.data.global_batch_size // (per_rank * world_size) if accumulates else 1
     point = (arm, per_rank, world_size, group_size, seed, accumulate)
     norm = norm if group_size is None else {**norm, "process_group": group_size}
-    once = accumulates and is_batch_free(norm)
+    choices = [] if config.select_lr is None else config.select_lr.options.get(arm, [])
+    once = accumulates and all(is_batch_free({**norm, **choice}) for choice in [{}, *choices])
     return Cell(*point, tuple(_overrides(config, shared, *point)), norm, once_per_seed=once)
 
 

@@ -1,17 +1,17 @@
 """Find mistakes in the settings of a comparison before anything runs."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiment.comparison import selection
+from experiment.comparison import selection_checks
 from experiment.comparison.cell import Cell
 from experiment.comparison.overrides import GROUPS
 from experiment.evaluate import check_modes
 
 AXES = ("arms", "per_rank_batch_sizes", "world_sizes", "group_sizes", "seeds")
-OTHERS = ("engine", "isolate", "node_size", "evaluate", "select_lr", "planned", "jobs", "output_dir")
+OTHERS = ("engine", "isolate", "node_size", "evaluate", "select_lr", "planned", "margin", "jobs", "output_dir")
 ENGINES = ("simulate", "torchrun")
 ISOLATE = ("accumulate", "linear", "sqrt", "none")
 
@@ -42,11 +42,24 @@ def check_settings(config: DictConfig) -> None:
             "data.per_rank_batch_size and data.accumulate belong to the cells: set per_rank_batch_sizes=[...], and "
             "data.global_batch_size for the images of one step"
         )
-    selection.check(config)
+    if not selection_checks.is_positive(config.margin):
+        raise ValueError(f"expected margin to be a fraction of error, above 0, got {config.margin!r}")
+
+
+def check_arms(config: DictConfig, norms: Collection[str]) -> None:
+    """Refuse names of arms that do not exist, in what is chosen and in what is tested.
+
+    Raises:
+        ValueError: which, and what was expected.
+    """
+    selection_checks.check(config, norms)
     planned = OmegaConf.to_container(config)["planned"]  # type: ignore[index,call-overload]
     pairs = planned if isinstance(planned, list) else [None]
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(a, str) for a in pair) for pair in pairs):
-        raise ValueError(f"expected planned to be a list of pairs of arms, such as [[bn, syncbn]], got {planned!r}")
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(arm in norms for arm in pair) for pair in pairs):
+        raise ValueError(
+            f"expected planned to be a list of pairs of arms, such as [[bn, syncbn]], got {planned!r}; the arms are "
+            f"{', '.join(sorted(norms))}"
+        )
 
 
 def _check_numbers(config: DictConfig) -> None:

@@ -41,13 +41,7 @@ def quoted(text: str) -> str:
 def value_text(value: Any) -> str:
     """Write a value for Hydra's grammar."""
     if isinstance(value, str):
-        is_word = re.fullmatch(r"[A-Za-z_][\w.]*", value) and value.lower() not in (
-            "true",
-            "false",
-            "null",
-            "nan",
-            "inf",
-        )
+        is_word = re.fullmatch(r"[A-Za-z_][\w.]*", value, re.ASCII) and value.lower() not in NO_WORDS
         return value if is_word else quoted(value)
     if isinstance(value, list):
         return f"[{','.join(map(value_text, value))}]"

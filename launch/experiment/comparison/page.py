@@ -11,9 +11,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiment.comparison import export, formatting, plots
-from experiment.comparison.conclusions import Pairs, draw_conclusions, settle
+from experiment.comparison.conclusions import draw_conclusions
 from experiment.comparison.curves import training_lines
 from experiment.comparison.figure_files import to_inline_svg, to_png, to_svg
+from experiment.comparison.plan import Plan
 from experiment.comparison.results_table import REFERENCE, ResultsTable, Row
 from experiment.comparison.selection_table import how_chosen, selection_lines
 from experiment.comparison.settings import MODES, settings, warnings
@@ -34,7 +35,7 @@ class Plot:
 
 
 def write_report(
-    rows: Sequence[Row], folder: Path, *, title: str, command: str, planned: Pairs = (), missing: int = 0
+    rows: Sequence[Row], folder: Path, *, title: str, command: str, plan: Plan | None = None, missing: int = 0
 ) -> Path:
     """Write `index.html`, `results.csv`, `summary.csv` and `plots/` into `folder`; equal rows give equal files.
 
@@ -43,13 +44,13 @@ def write_report(
         folder: made if it is not there; files of these names are replaced.
         title: heading of the page.
         command: that runs the whole grid.
-        planned: pairs of arms, stated before the runs, whose difference at the smallest batch is tested.
+        plan: what was stated before the runs to be tested; None for nothing.
         missing: number of cells of the grid that have no row.
 
     Returns:
         The page's path.
     """
-    results = ResultsTable.of(rows)
+    results, plan = ResultsTable.of(rows), plan or Plan()
     cells = [*results.done, *results.failed]
     every = [*cells, *results.candidates]
     tables = {"results.csv": export.results_csv(every), "summary.csv": export.summary_csv(results)}
@@ -67,12 +68,12 @@ def write_report(
         command=command,
         results=results,
         reference=REFERENCE,
-        conclusions=draw_conclusions(results, planned),
+        conclusions=draw_conclusions(results, plan),
         selection=selection_lines(results),
         how_chosen=how_chosen(results),
-        planned=(tested := results.planned(planned)),
-        differences=results.differences(tested),
-        verdicts=[settle(line, len(tested)) for line in tested],
+        plan=plan,
+        planned=(planned := plan.differences(results)),
+        differences=results.differences(planned),
         warnings=warnings(results, missing),
         settings=settings(results) if results.done else [],
         curves=curves,
@@ -144,7 +145,8 @@ def _costs(results: ResultsTable) -> list[tuple[str, int, int, dict[str, Interva
     for world_size in results.world_sizes:
         for label in results.labels:
             batches = results.batches(world_size, label)
-            for batch in batches[-1:] if label in results.once_per_seed else batches:
+            once = label in results.once_per_seed
+            for batch in [results.cells(label, world_size, batches[0])[0]["per_rank_batch_size"]] if once else batches:
                 cells = results.cells(label, world_size, batch)
                 names = ("seconds", "training_seconds", "images_per_second")
                 lines.append((label, world_size, batch, {name: _mean(cells, name) for name in names}))

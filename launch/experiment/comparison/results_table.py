@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from experiment.comparison.statistics import Interval, Paired, holm, mean_interval, paired
+from experiment.comparison.statistics import Interval, Paired, mean_interval, paired
 from experiment.evaluate import MODES
 
 Row = Mapping[str, Any]
@@ -33,6 +33,10 @@ class Difference:
     interval: Interval
     p: float | None = None
     corrected: float | None = None  # of a comparison that was stated beforehand
+
+    def with_corrected(self, p: float | None) -> "Difference":
+        """The same line with its corrected p value."""
+        return replace(self, corrected=p)
 
 
 @dataclass
@@ -128,23 +132,15 @@ class ResultsTable:
         values = self.values(label, world_size, batch, mode, name)
         return mean_interval(list(values.values())) if values else None
 
-    def planned(self, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
-        """The pairs of arms at the smallest batch of each world size; p values are corrected over all of them."""
-        found = [
-            _difference(self, (first, world_size, batches[0]), (second, world_size, batches[0]), second)
-            for world_size in self.world_sizes
-            if (batches := self.batches(world_size))
-            for first, second in pairs
-        ]
-        lines = [line for line in found if line is not None]
-        corrected = holm([line.p for line in lines])
-        return [replace(line, corrected=p) for line, p in zip(lines, corrected, strict=True)]
+    def difference(self, key: tuple[str, int, int], against: str) -> Difference | None:
+        """An arm at a world size and batch against another there; None without a common seed."""
+        return _difference(self, key, (against, *key[1:]), against)
 
     def differences(self, planned: Sequence[Difference] = ()) -> list[Difference]:
         """Every arm against syncbn at equal ranks and batch, without the planned ones: exploratory."""
         known = [(line.label, line.world_size, line.batch, line.against) for line in planned]
         found = [
-            _difference(self, (label, world_size, batch), (REFERENCE, world_size, batch), REFERENCE)
+            self.difference((label, world_size, batch), REFERENCE)
             for world_size in self.world_sizes
             for batch in self.batches(world_size)
             for label in self.labels

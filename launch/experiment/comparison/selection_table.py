@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from experiment.comparison.formatting import count
 from experiment.comparison.results_table import ResultsTable
 
 
@@ -22,7 +23,7 @@ def selection_lines(results: ResultsTable) -> list[SelectionLine]:
     for row in results.candidates:
         rate, _, options = row["candidate"].removeprefix("lr ").partition(", ")
         line = lines.setdefault((row["arm"], options), SelectionLine(row["arm"], options))
-        evaluation = (row.get("evaluations") or {}).get("rank0") or {}
+        evaluation: dict[str, float | None] = next(iter((row.get("evaluations") or {}).values()), {})
         line.errors[float(rate)] = evaluation.get("val_error")
     chosen = {row["arm"]: row["selection"] for row in results.done if row.get("selection")}
     for line in lines.values():
@@ -41,7 +42,8 @@ def how_chosen(results: ResultsTable) -> str | None:
     first = choices[0]
     return (
         f"Before the grid was run, each arm tried these learning rates on seed {first['seed']}, which is none of the "
-        f"grid's, with {first['per_rank_batch_size']} images per rank and {first['max_epochs']} epochs. Taken is the "
-        "one with the least error on validation images; where it was the lowest or highest, the grid was continued. "
-        "No test image was read."
+        f"grid's, with {first['world_size']} ranks, {first['per_rank_batch_size']} images per rank and a schedule of "
+        f"at most {count(first['max_epochs'], 'epoch')}. Taken is the one with the least error on validation images, "
+        f"with {first['mode']} statistics, for all batch sizes, ranks and groups; where it was the lowest or highest, "
+        "further rates were tried. No test image was read."
     )

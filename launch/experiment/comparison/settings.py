@@ -53,6 +53,9 @@ def warnings(results: ResultsTable, missing: int) -> list[str]:
             f"No learning rate was chosen for {', '.join(common)}: an arm that the common one suits badly looks worse "
             "than it is."
         )
+    lost = [row["cell"] for row in results.candidates if row["status"] != "done"]
+    if lost:
+        found.append(f"{count(len(lost), 'run')} that tried a learning rate failed: {', '.join(lost)}; see below.")
     without = [r["cell"] for r in results.done if any(_is_lost(m) for m in (r.get("evaluations") or {}).values())]
     if without:
         found.append(
@@ -102,7 +105,7 @@ def settings(results: ResultsTable) -> list[tuple[str, str]]:
         ("Batches accumulated", all_of("accumulate")),
         ("Images per SGD step", all_of("global_batch_size")),
         ("Learning rate at its peak", all_of("lr")),
-        ("Run once per seed", f"{_listed(results.once_per_seed) or 'none'}; their norms do not use the batch"),
+        ("Run once per seed, since their norms do not use the batch", _listed(results.once_per_seed) or "no arm"),
         ("SGD steps", all_of("num_steps")),
         ("Device", all_of("device")),
         ("Threads per process", all_of("num_threads")),

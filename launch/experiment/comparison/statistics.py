@@ -5,6 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -80,31 +81,42 @@ def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
 def seeds_to_settle(found: Interval, significance: float, margin: float, power: float = 0.8) -> int | None:
     """Tell how many seeds would settle a paired difference, if its mean and spread are those found.
 
-    The least n at which the two-sided t test has this power, by Student's noncentral t, or the 95 % interval is
-    expected within plus or minus `margin`; None beyond 10 000, or without a spread to judge by.
+    The least n at which, with this probability, the two-sided t test shows the difference (by Student's noncentral t),
+    or the 95 % interval lies within plus or minus `margin`; None beyond 10 000, or without a spread to judge by.
     """
     if found.half is None or found.half == 0:
         return None
     deviation = found.half * math.sqrt(found.n) / float(stats.t.ppf((1 + CONFIDENCE) / 2, found.n - 1))
-    n = np.unique(np.geomspace(2, 10_000, 4_000).astype(int))
+    n = np.unique(np.geomspace(2, 10_000, 500).astype(int))
     shift = abs(found.mean) / deviation * np.sqrt(n)
     limit = stats.t.ppf(1 - significance / 2, n - 1)
-    shown = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift) >= power
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * deviation / np.sqrt(n)
-    settled = shown | (abs(found.mean) + half <= margin)
+    shown = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
+    settled = np.maximum(shown, _within(found.mean, deviation, n, margin)) >= power
     return int(n[settled][0]) if settled.any() else None
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct p values for their number, by Holm's step-down; None stays None and does not count.
+def _within(mean: float, deviation: float, n: NDArray[np.int_], margin: float) -> NDArray[np.float64]:
+    """Give the probability that the interval over n seeds lies within the margin, by quantiles of the spread found."""
+    levels = (np.arange(200) + 0.5) / 200
+    spread = deviation * np.sqrt(stats.chi2.ppf(levels[:, None], n - 1) / (n - 1))
+    room = margin - stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * spread / np.sqrt(n)  # for the mean
+    error = deviation / np.sqrt(n)
+    inside = stats.norm.cdf((room - mean) / error) - stats.norm.cdf((-room - mean) / error)
+    return np.asarray(np.where(room > 0, inside, 0.0).mean(0))
 
-    With the m values in rising order, `corrected(i) = max over j <= i of min(1, (m - j) * p(j))`, j from 0: to call
-    those below 0.05 real is wrong anywhere in the table with a chance of at most 5 % (Holm 1979).
+
+def holm(p_values: Sequence[float | None], num_stated: int = 0) -> list[float | None]:
+    """Correct p values for their number, by Holm's step-down; None stays None.
+
+    With the values in rising order, m of them or `num_stated` if that is more, `corrected(i) = max over j <= i of
+    min(1, (m - j) * p(j))`, j from 0: to call those below 0.05 real is wrong anywhere in the table with a chance of at
+    most 5 % (Holm 1979).
     """
     order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
+    num_tests = max(num_stated, len(order))
     for rank, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        largest = max(largest, min(1.0, (num_tests - rank) * p))
         corrected[index] = largest
     return corrected

@@ -6,24 +6,23 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from experiment.comparison.conclusions import Pairs, settle
 from experiment.comparison.formatting import MINUS, count, percent, with_half
+from experiment.comparison.plan import Plan
 from experiment.comparison.results_table import Difference, ResultsTable, Row
 from experiment.comparison.statistics import Interval
 
 
-def print_table(rows: Sequence[Row], console: Console | None = None, planned: Pairs = ()) -> None:
+def print_table(rows: Sequence[Row], console: Console | None = None, plan: Plan | None = None) -> None:
     """Print test errors in %, arms against per-rank batch sizes, and what the planned comparisons come to."""
     console = console or Console()
-    results = ResultsTable.of(rows)
+    results, plan = ResultsTable.of(rows), plan or Plan()
     for world_size in results.world_sizes:
         ranks = count(world_size, "rank")
         console.print(f"\n{ranks}: test error in % with {results.mode} statistics, mean ± 95 % interval over seeds")
         console.print(_errors(results, world_size))
-    tested = results.planned(planned)
-    if tested:
+    if planned := plan.differences(results):
         console.print("\ncomparisons stated beforehand: difference in points, paired over seeds")
-        console.print(_planned(tested))
+        console.print(_planned(planned, plan))
     if not results.done:
         console.print("No cell has finished.")
     if results.failed:
@@ -41,12 +40,12 @@ def _errors(results: ResultsTable, world_size: int) -> Table:
     return table
 
 
-def _planned(lines: Sequence[Difference]) -> Table:
+def _planned(lines: Sequence[Difference], plan: Plan) -> Table:
     table = Table("arms", Column("per rank x ranks", justify="right"), Column("difference", justify="right"), "result")
     for line in lines:
         arms = f"{line.label} {MINUS} {line.against}"
         point = f"{line.batch} x {line.world_size}"
-        table.add_row(Text(arms), point, with_half(line.interval, sign=True), settle(line, len(lines)))
+        table.add_row(Text(arms), point, with_half(line.interval, sign=True), plan.verdict(line))
     return table
 
 

@@ -75,13 +75,15 @@ class ImageData(L.LightningDataModule, ABC):
 
         Raises:
             FileNotFoundError: the images are not there.
-            ValueError: there are fewer than one step needs, or none to test, or to validate where that is asked.
+            ValueError: there are fewer than one step needs, or none to test.
         """
         if self.eval_split not in ("test", "val"):
             raise ValueError(f"expected eval_split to be test or val, got {self.eval_split!r}")
         self.splits = self.make_splits()
-        if self.eval_split == "val" and not self.splits.val:
-            raise ValueError("expected validation images, for eval_split=val, got none")
+        if self.eval_split == "val" and (not self.splits.val or self.splits.val is self.splits.test):
+            self.splits = self.splits.hold_out()
+            if self.world.rank == 0:
+                print("no validation images but the test images: every tenth training image is held out")
         if not len(self.splits.test):
             raise ValueError("expected at least one test image, got none")
         self.train_batches = TrainBatches(len(self.splits.train), self.plan, self._dealt_to, self.seed)

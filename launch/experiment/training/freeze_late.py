@@ -1,5 +1,6 @@
 """Train with BatchNorm, and for the last part of training normalize with precise statistics that no longer move."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,7 +44,10 @@ class FreezeLate(NormConverter):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Freeze again after a resume; else find the step, and find out now whether every layer can be frozen."""
-        self.step = round(self.freeze_at * trainer.estimated_stepping_batches)  # of the whole run, also after a resume
+        num_steps = trainer.estimated_stepping_batches  # of the whole run, also after a resume
+        if not 1 <= num_steps < math.inf:
+            raise ValueError(f"norm.freeze_at is a part of the run's steps, of which there are {num_steps}: limit it")
+        self.step = min(round(self.freeze_at * num_steps), int(num_steps) - 1)
         syncbn.freeze(pl_module)
         if not self.is_frozen:
             syncbn.unfreeze(pl_module)

@@ -51,6 +51,18 @@ class ImageSet(Dataset[Batch]):
         return self.transform(image)
 
 
+class Part(ImageSet):
+    """Serve some images of a set, by their indices there."""
+
+    def __init__(self, whole: ImageSet, indices: Tensor) -> None:
+        super().__init__(whole.images, whole.labels[indices], whole.transform)
+        self.whole, self.indices = whole, indices
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        """Read one batch; one without any index is empty."""
+        return self.whole[Draw(self.indices[draw.indices].tolist(), draw.seed)]
+
+
 @dataclass
 class Splits:
     """Hold the sets of one source; `train_plain` is `train` without augmentation."""
@@ -60,3 +72,10 @@ class Splits:
     val: ImageSet | None
     test: ImageSet
     num_classes: int
+
+    def hold_out(self) -> "Splits":
+        """Let every tenth training image validate, and no longer train."""
+        index = torch.arange(len(self.train))
+        rest, val = index[index % 10 != 0], index[index % 10 == 0]
+        parts = Part(self.train, rest), Part(self.train_plain, rest), Part(self.train_plain, val)
+        return Splits(*parts, self.test, self.num_classes)
