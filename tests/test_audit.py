@@ -305,6 +305,7 @@ def on_rank_0(rank, world_size):
     return reports
 
 
+@pytest.mark.slow
 def test_one_rank_alone_does_not_hang(run):
     (report, torchs), _ = run(on_rank_0, 2, timeout=40)
     assert [row.name for row in report.rows] == ["1", "2", "3", "4"]

@@ -199,6 +199,7 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_leaves_no_answer_behind(tmp_path):
     pool = rank_pool.RankPool(tmp_path, "cpu", 1, ["torch"])
     options = {"timeout": 30, "initialize": False}

@@ -314,13 +314,17 @@ def test_every_choice_composes_for_a_comparison(group, choice):
     assert as_config(cell)[group] == there[group]
 
 
+@pytest.mark.slow
 def test_every_arm_composes_for_a_comparison():
     arms = sorted(path.stem for path in CONF.glob("norm/*.yaml"))
     cells = grid(f"arms=[{','.join(arms)}]", "seeds=[0]", "per_rank_batch_sizes=[1]")
     assert [cell.arm for cell in cells] == arms
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("grid/*.yaml")))
+GRIDS = sorted(path.stem for path in CONF.glob("grid/*.yaml") if path.stem != "segmentation")
+
+
+@pytest.mark.parametrize("name", ["segmentation", *(pytest.param(name, marks=pytest.mark.slow) for name in GRIDS)])
 def test_every_grid_file_reaches_its_cells(name):
     """What the file sets within the groups of launch/train.py is an override of each run."""
     config, shared = composed(f"grid={name}")

@@ -306,6 +306,7 @@ def frozen_from_the_start(rank, world_size):
         return caught(ddp, torch.randn(3, 4))
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_to_make_the_twin(run):
     messages = run(frozen_from_the_start, 3)
     assert messages[1] is None

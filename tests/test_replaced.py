@@ -214,6 +214,7 @@ other.itself = other.__dict__
 """
 
 
+@pytest.mark.slow
 def test_the_end_of_the_interpreter_is_quiet():
     result = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=True)
     assert "Traceback" not in result.stderr

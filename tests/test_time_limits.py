@@ -34,6 +34,7 @@ def run(folder, name):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_others_go_on(tmp_path):
     done = run(tmp_path, "python")
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
