@@ -36,7 +36,7 @@ class Cell:
     def id(self) -> str:
         """Name the cell in the results, and its folder."""
         if self.candidate is not None:
-            tried = self.candidate.replace(", ", "-").replace(" ", "")
+            tried = self.candidate.replace(", ", "-").replace(" ", "").replace("/", "_")
             return f"select-{self.arm}-w{self.world_size}-{tried}-s{self.seed}"
         group = "" if self.group_size is None else f"-g{self.group_size}"
         batch = "" if self.once_per_seed else f"-p{self.per_rank_batch_size}"
