@@ -1,0 +1,104 @@
+"""Choose learning rates on validation images, and plan which runs a claim still wants."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from experiment.claims.claim import Claim
+from experiment.claims.runs import Row, Run, Setting
+
+SEED = 1000  # of the runs that choose; no result comes from it
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # all rates there are
+MAX_WIDER = 3  # times that a grid grows by one rate
+
+
+@dataclass
+class Choice:
+    """Hold the rates tried for one setting, with their validation errors, and the best of them once all are known.
+
+    Of equal errors, a rate within the grid is better than one at its edge, and then the smaller.
+    """
+
+    setting: Setting
+    errors: dict[float, float | None] = field(default_factory=dict)  # None: failed
+    missing: list[Run] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float | None:
+        """The chosen rate; None until all runs have ended, and where all failed."""
+        found = [(error, rate in self.edges, rate) for rate, error in self.errors.items() if error is not None]
+        return None if self.missing or not found else min(found)[2]
+
+    @property
+    def edges(self) -> tuple[float, float]:
+        """The smallest and largest rate tried."""
+        return min(self.errors), max(self.errors)
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether a better rate may lie outside."""
+        return self.rate in self.edges
+
+
+def choose(claim: Claim, setting: Setting, rows: Mapping[str, Row]) -> Choice:
+    """Choose the rate of a setting; the grid grows where the best lies at its edge."""
+    start = claim.rates(setting) if callable(claim.rates) else claim.rates
+    choice = _tried(claim, setting, start, rows)
+    for _ in range(MAX_WIDER):
+        if choice.rate is None or not choice.is_at_edge:
+            break
+        wider = _wider(choice)
+        if wider is None:
+            break
+        choice = _tried(claim, setting, sorted([*choice.errors, wider]), rows)
+    return choice
+
+
+def _wider(choice: Choice) -> float | None:
+    """Give the next rate beyond the edge at which the best lies."""
+    assert choice.rate is not None
+    index = LADDER.index(choice.rate) + (1 if choice.rate == choice.edges[1] else -1)
+    return LADDER[index] if 0 <= index < len(LADDER) else None
+
+
+def _tried(claim: Claim, setting: Setting, rates: Sequence[float], rows: Mapping[str, Row]) -> Choice:
+    choice = Choice(setting)
+    for rate in rates:
+        run = Run(claim.name, setting, SEED, "choose", rate)
+        row = rows.get(run.id)
+        choice.errors[rate] = row["numbers"].get("validate_error") if row and row["status"] == "done" else None
+        if row is None:
+            choice.missing.append(run)
+    return choice
+
+
+def choices(claim: Claim, rows: Mapping[str, Row]) -> list[Choice]:
+    """Choose all rates that a claim needs."""
+    if not claim.rates:
+        return []
+    found: list[Setting] = []
+    for setting in map(claim.tuned_as, claim.settings):
+        if setting not in found:
+            found.append(setting)
+    return [choose(claim, setting, rows) for setting in found]
+
+
+def wanted(claim: Claim, seeds: Sequence[int], rows: Mapping[str, Row]) -> list[Run]:
+    """List the runs that can be started without a row so far; none, once the claim is complete."""
+    chosen = choices(claim, rows)
+    runs = list(chain.from_iterable(choice.missing for choice in chosen))
+    return runs + [run for run in reports(claim, seeds, chosen) if run.id not in rows]
+
+
+def reports(claim: Claim, seeds: Sequence[int], chosen: Sequence[Choice]) -> list[Run]:
+    """List the runs that report, of the settings whose rate is chosen."""
+    runs = []
+    for setting in claim.settings:
+        rate = None
+        if claim.rates:
+            tuned = claim.tuned_as(setting)
+            rate = next(choice.rate for choice in chosen if choice.setting == tuned)
+            if rate is None:
+                continue
+        runs += [Run(claim.name, setting, seed, "report", rate) for seed in seeds]
+    return runs
