@@ -50,7 +50,7 @@ def write_report(
         sentences=[(sentence, sentence.measure()) for sentence in SENTENCES],
         figures={o.claim.name: [_figure(o, index, folder) for index in range(len(o.claim.plots))] for o in outcomes},
         tables={outcome.claim.name: _table(outcome) for outcome in outcomes},
-        selection_seed=selection.SEED,
+        selection_seeds=selection.SEEDS,
         command=command,
         describe=describe,
         number=number,
