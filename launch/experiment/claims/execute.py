@@ -2,14 +2,12 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from typing import Any
 
 import torch
 
-from experiment.claims.claim import Claim
 from experiment.claims.registry import BY_NAME
 from experiment.claims.runs import Numbers, Run
 from experiment.training import report
@@ -23,7 +21,7 @@ def made_with() -> dict[str, str]:
     return {**{name: v for name, v in report.versions().items() if name in PACKAGES}, "device": DEVICE}
 
 
-def execute(run: Run, claims: dict[str, Claim] | None = None) -> dict[str, Any]:
+def execute(run: Run) -> dict[str, Any]:
     """Measure one run and give its row; a run that fails gives one with the reason."""
     torch.set_num_threads(1)
     versions = made_with()
@@ -40,22 +38,21 @@ def execute(run: Run, claims: dict[str, Claim] | None = None) -> dict[str, Any]:
     start = time.monotonic()
     outcome: dict[str, Any]
     try:
-        numbers: Numbers = (claims or BY_NAME)[run.claim].measure(run)
+        numbers: Numbers = BY_NAME[run.claim].measure(run)
         outcome = {"status": "done", "numbers": numbers}
     except Exception as error:
         outcome = {"status": "failed", "reason": f"{type(error).__name__}: {report.first_line(error)}", "numbers": {}}
     return {**row, **outcome, "seconds": round(time.monotonic() - start, 2)}
 
 
-def execute_all(runs: Sequence[Run], jobs: int, claims: dict[str, Claim] | None = None) -> Iterator[dict[str, Any]]:
+def execute_all(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
     """Yield the row of every run as it ends.
 
     Raises:
         BrokenProcessPool: a process was killed; the rows so far have been given.
     """
-    one: Callable[[Run], dict[str, Any]] = partial(execute, claims=claims)
     if jobs == 1:
-        yield from map(one, runs)
+        yield from map(execute, runs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:

@@ -66,9 +66,10 @@ def _figure(outcome: Outcome, index: int, folder: Path) -> dict[str, Markup | st
     """Draw a figure for light and for dark."""
     plot: Plot = outcome.claim.plots[index]
     name = f"{outcome.claim.name}_{index + 1}"
-    light, dark = (to_svg(plots.draw(plot, outcome.rows, theme)) for theme in (LIGHT, DARK))
+    figures = [plots.draw(plot, outcome.rows, theme) for theme in (LIGHT, DARK)]
+    light, dark = map(to_svg, figures)
     write_file(folder / "plots" / f"{name}.svg", light)
-    write_file(folder / "plots" / f"{name}.png", to_png(plots.draw(plot, outcome.rows, LIGHT)))
+    write_file(folder / "plots" / f"{name}.png", to_png(figures[0]))
     text = f"{plot.title}: {plot.y_label}. " + "; ".join(
         f"{line} " + ", ".join(f"{number(interval.mean)}{f' at {x:g}' if plot.x else ''}" for x, interval in points)
         for line, points in plots.lines_of(plot, outcome.rows).items()
