@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -43,7 +42,7 @@ def in_s(run: Run, make: Callable[[], nn.Module], weight_decay: float = 0.0, *, 
     return learn(run, make, source, Recipe(run.rate, weight_decay=weight_decay))[2]
 
 
-def recipe_of_r(rate: float, num_steps: int = EPOCH) -> Recipe:
+def recipe_of_r(rate: float, num_steps: int = HALF_EPOCH) -> Recipe:
     """Give the recipe of setting R."""
     return Recipe(rate, num_steps, weight_decay=1e-4)
 
@@ -56,13 +55,8 @@ def steps_to(level: float, losses: list[float], num_steps: int) -> int:
     return num_steps
 
 
-def learn_in(name: str, run: Run, arm: str, rate: float, num_steps: int | None = None) -> tuple[list[float], Numbers]:
-    """Learn in setting S or R by name with one arm's network."""
+def learn_in(name: str, run: Run, arm: str, rate: float) -> tuple[list[float], Numbers]:
+    """Learn in setting S, or in R for half an epoch, with one arm's network."""
     if name == "S":
-        recipe = Recipe(rate)
-        make, source = lambda: networks.mlp(arm), images.digits()
-    else:
-        recipe = recipe_of_r(rate)
-        make, source = lambda: networks.resnet(arm), images.digits_on_photos()
-    recipe = replace(recipe, num_steps=num_steps or recipe.num_steps)
-    return learn(run, make, source, recipe)[1:]
+        return learn(run, lambda: networks.mlp(arm), images.digits(), Recipe(rate))[1:]
+    return learn(run, lambda: networks.resnet(arm), images.digits_on_photos(), recipe_of_r(rate))[1:]
