@@ -81,7 +81,7 @@ def _speed_runs(run: Run) -> Numbers:
 
 
 def _starts(setting: Setting) -> tuple[float, ...]:
-    return (0.003, 0.01, 0.03, 0.1, 0.3, 1.0) if setting["data"] == "S" else (0.03, 0.1, 0.3)
+    return (0.01, 0.03, 0.1, 0.3) if setting["data"] == "S" else (0.03, 0.1, 0.3)
 
 
 def _fewer(at: At, data: str) -> float:

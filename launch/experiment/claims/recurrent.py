@@ -131,5 +131,5 @@ RECURRENT = Claim(
     measure=_measure,
     columns={"test_error": "test error, %", "train_error": "train error, %"},
     plots=(Plot("Test error", "test_error", "test error, %", log_y=True, percent=True),),
-    rates=(0.01, 0.03, 0.1, 0.3),
+    rates=(0.01, 0.03, 0.1),
 )
