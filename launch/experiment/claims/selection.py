@@ -17,7 +17,8 @@ MAX_WIDER = 3  # times that a grid grows by one rate
 class Choice:
     """Hold the rates tried for one setting, with their validation errors, and the best of them once all are known.
 
-    The error is the mean over five seeds: with few, a rate can be chosen with which half of all seeds diverge. Of equal errors, a rate within the grid is better than one at its edge, and then the smaller.
+    The error is the mean over five seeds: with few, a rate can be chosen with which half of all seeds diverge. Of
+    equal errors, a rate within the grid is better than one at its edge, and then the smaller.
     """
 
     setting: Setting
