@@ -34,12 +34,12 @@ def _num_working(at: At, arm: str, axis: str, **fixed: float) -> int:
     return sum(error <= WORKS for error in errors.values())
 
 
-def _more_working(axis: str, name: str, **fixed: float) -> Part:
+def _more_working(axis: str, unit: str, name: str, **fixed: float) -> Part:
     return Part(
         axis,
         f"With BatchNorm training works at more {name}.",
         f"number of {name} with a test error of at most 10 %, with BatchNorm less without norm",
-        Rule("above", 0.5, name),
+        Rule("above", 0.5, unit),
         lambda at: _num_working(at, "bn", axis, **fixed) - _num_working(at, "none", axis, **fixed),
     )
 
@@ -55,8 +55,8 @@ INITIALIZATION = Claim(
         "not tune for the change."
     ),
     parts=(
-        _more_working("scale", "factors of the initial weights", depth=5),
-        _more_working("depth", "depths", scale=1.0),
+        _more_working("scale", "factors", "factors of the initial weights", depth=5),
+        _more_working("depth", "depths", "depths", scale=1.0),
     ),
     settings=(*grid(arm=ARMS, depth=(5,), scale=SCALES), *grid(arm=ARMS, depth=DEPTHS[1:], scale=(1.0,))),
     measure=_initial,
@@ -114,7 +114,7 @@ def _gradient_part(activation: str, when: str) -> Part:
         f"{activation} {name}",
         f"50 layers of {activation}, {name}: the gradients neither vanish nor explode.",
         "log10 of (norm of the gradient of the first / of the last hidden weights) with BatchNorm",
-        Rule("within", 1.0, "(a factor of ten)"),
+        Rule("within", 1.0, "decades"),
         lambda at: at(when, arm="bn", activation=activation, depth=50),
     )
 

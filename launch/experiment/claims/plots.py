@@ -74,9 +74,11 @@ def _draw_lines(axes: Axes, plot: Plot, lines: dict[str, Points], theme: Theme) 
         low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=color, alpha=0.14, linewidth=0)
         axes.plot(xs, means, color=color, marker=MARKERS[index % len(MARKERS)], label=name, linewidth=1.6)
-    values = [interval.mean for points in lines.values() for _, interval in points]
+    intervals = [interval for points in lines.values() for _, interval in points]
+    values = [interval.mean for interval in intervals]
     if min(values, default=0.0) >= 0:
-        set_limits(axes, values, [], 100 if plot.percent else float("inf"))
+        ends = [end for i in intervals for end in (i.lower, i.upper) if end is not None]
+        set_limits(axes, values, ends, 100 if plot.percent else float("inf"))
     if plot.log_x and lines:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(sorted({x for points in lines.values() for x, _ in points})))

@@ -36,11 +36,10 @@ class Rule:
 
     def __str__(self) -> str:
         """State the rule."""
+        limit = f"{self.threshold:g} {self.unit.removesuffix('s') if self.threshold == 1 else self.unit}"
         if self.kind == "above":
-            limit = f"{self.threshold:g} {self.unit}"
             return f"shown if the interval is wholly above {limit}, refuted here if wholly below, else open"
-        limit = f"±{self.threshold:g} {self.unit}"
-        return f"shown if the interval is wholly within {limit}, refuted here if wholly outside, else open"
+        return f"shown if the interval is wholly within ±{limit}, refuted here if wholly outside, else open"
 
 
 def whole(verdicts: Sequence[str]) -> str:
