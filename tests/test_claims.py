@@ -291,7 +291,7 @@ def test_stopped_it_goes_on(tmp_path, monkeypatch):
     before = path.read_bytes()
     run_program(until(0), path, monkeypatch)  # nothing is left to do
     assert path.read_bytes() == before
-    assert find(claim, claim.seeds, rows).line == "a: +0.04 ± 0.02 points"
+    assert find(claim, claim.seeds, rows).line == "a: shown (+0.04 ± 0.02 points)"
 
 
 def test_a_run_that_fails_loses_nothing_and_is_tried_again(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ class Outcome:
     @property
     def line(self) -> str:
         """The numbers in one line."""
-        return "; ".join(f"{finding.part.label}: {finding.estimate}" for finding in self.findings)
+        return "; ".join(f"{finding.part.label}: {finding.verdict} ({finding.estimate})" for finding in self.findings)
 
 
 def find(claim: Claim, seeds: Sequence[int], rows: Mapping[str, Row]) -> Outcome:
