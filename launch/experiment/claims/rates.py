@@ -51,7 +51,8 @@ LARGER_RATES = Claim(
         "S: no norm, BatchNorm, LayerNorm and GroupNorm at rates 0.003 to 10. R (half an epoch, 218 steps): no norm "
         "and BatchNorm at rates 0.01 to 10. The largest usable rate of a seed and arm is the largest whose validation "
         "error is within 2 points of the smallest that the arm reaches with this seed; at an end of the grid it is a "
-        "bound, and a seed with errors above 50 % at all rates has none. Rates are half decades apart, which is the resolution."
+        "bound, and a seed with errors above 50 % at all rates has none. Rates are half decades apart, which is the "
+        "resolution."
     ),
     parts=tuple(
         Part(
