@@ -68,7 +68,7 @@ class Claim:
     """A sentence of a textbook and the experiment on it.
 
     With `rates`, every setting runs at its own best of them, chosen on validation images with a seed of its own;
-    `tuned_as` says at which setting that is done, if not at itself.
+    `tuned_as` says at which setting that is done, if not at itself, and `tuned_by` by runs of which other claim.
     """
 
     name: str
@@ -83,4 +83,5 @@ class Claim:
     plots: tuple[Plot, ...]
     seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
     rates: tuple[float, ...] | Callable[[Setting], tuple[float, ...]] = ()
+    tuned_by: str | None = None
     tuned_as: Callable[[Setting], Setting] = lambda setting: setting

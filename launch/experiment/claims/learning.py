@@ -11,7 +11,7 @@ from experiment.claims.images import Images
 from experiment.claims.runs import Numbers, Run
 from experiment.claims.training import Around, Recipe, error_and_loss, train
 
-EPOCH, HALF_EPOCH = 437, 218  # steps of 32 of the 14 000 images in setting R
+EPOCH = 437  # steps of 32 of the 14 000 images in setting R
 NUM_TRAIN_EVAL = 1500  # training images of which the train error is measured
 WINDOW = 20  # steps that a training loss is averaged over
 
@@ -42,7 +42,7 @@ def in_s(run: Run, make: Callable[[], nn.Module], weight_decay: float = 0.0, *, 
     return learn(run, make, source, Recipe(run.rate, weight_decay=weight_decay))[2]
 
 
-def recipe_of_r(rate: float, num_steps: int = HALF_EPOCH) -> Recipe:
+def recipe_of_r(rate: float, num_steps: int = EPOCH) -> Recipe:
     """Give the recipe of setting R."""
     return Recipe(rate, num_steps, weight_decay=1e-4)
 
@@ -56,7 +56,7 @@ def steps_to(level: float, losses: list[float], num_steps: int) -> int:
 
 
 def learn_in(name: str, run: Run, arm: str, rate: float) -> tuple[list[float], Numbers]:
-    """Learn in setting S, or in R for half an epoch, with one arm's network."""
+    """Learn in setting S, or in R for an epoch, with one arm's network."""
     if name == "S":
         return learn(run, lambda: networks.mlp(arm), images.digits(), Recipe(rate))[1:]
     return learn(run, lambda: networks.resnet(arm), images.digits_on_photos(), recipe_of_r(rate))[1:]
