@@ -38,8 +38,8 @@ LARGER_RATES = Claim(
     setup=(
         "S: no norm, BatchNorm, LayerNorm and GroupNorm at rates 0.003 to 10. The largest usable rate of a seed and "
         "arm is the largest whose validation error is within 2 points of the smallest that the arm reaches with this "
-        "seed; at an end of the grid it is a bound, and a seed with errors above 50 % at all rates has none. Rates are "
-        "half decades apart, which is the resolution. Not in R: in trials its network learned at no rate without norm."
+        "seed; at an end of the grid it is a bound, and a seed with errors above 50 % at all rates has none. Rates "
+        "are half decades apart, which is the resolution. Not in R: in trials its network did not learn without norm."
     ),
     parts=(
         Part(
