@@ -1,16 +1,20 @@
 """The page of the claims, from rows that are made up."""
 
 import html
+import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 from test_claims import made_up_rows
 from test_comparison_page import browse, measure  # noqa: F401
 
 from experiment.claims import page
+from experiment.claims.findings import find
 from experiment.claims.registry import BY_NAME, CLAIMS
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("sigmoid_and_tanh", "noise_regularizes")  # a figure of points, and one of lines
 
 
@@ -89,3 +93,16 @@ def test_a_browser_shows_all_claims_on_a_phone_and_on_a_screen(browse, tmp_path,
 def test_with_no_run_at_all_there_is_a_page(tmp_path):
     outcomes = write({}, tmp_path, [claim.name for claim in CLAIMS])
     assert {outcome.verdict for outcome in outcomes} == {"open"}
+
+
+def test_the_documented_verdicts_are_those_of_the_stored_results():
+    lines = (ROOT / "docs" / "results" / "claims" / "results.jsonl").read_text().splitlines()
+    rows = {row["cell"]: row for row in map(json.loads, lines) if "cell" in row}
+    guide = (ROOT / "docs" / "claims.md").read_text()
+    stored = (ROOT / "docs" / "results" / "claims" / "index.html").read_text()
+    for claim in CLAIMS:
+        outcome = find(claim, claim.seeds, rows)
+        assert outcome.is_complete
+        assert outcome.failed == []
+        assert f"| {claim.sentence} | {outcome.verdict} | {outcome.line} |" in guide
+        assert f"<td>{outcome.line}</td>" in html.unescape(stored)

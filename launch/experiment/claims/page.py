@@ -48,7 +48,7 @@ def write_report(
     page = environment.get_template(TEMPLATE).render(
         outcomes=outcomes,
         sentences=[(sentence, sentence.measure()) for sentence in SENTENCES],
-        figures={o.claim.name: [_figure(o, index, folder) for index in range(len(o.claim.plots))] for o in outcomes},
+        figures={outcome.claim.name: _figures(outcome, folder) for outcome in outcomes},
         tables={outcome.claim.name: _table(outcome) for outcome in outcomes},
         selection_seeds=selection.SEEDS,
         command=command,
@@ -60,6 +60,12 @@ def write_report(
     )
     write_file(folder / "index.html", page)
     return outcomes
+
+
+def _figures(outcome: Outcome, folder: Path) -> list[dict[str, Markup | str]]:
+    """Draw the figures for which there are numbers."""
+    drawn = [i for i, plot in enumerate(outcome.claim.plots) if plots.lines_of(plot, outcome.rows)]
+    return [_figure(outcome, index, folder) for index in drawn]
 
 
 def _figure(outcome: Outcome, index: int, folder: Path) -> dict[str, Markup | str]:
