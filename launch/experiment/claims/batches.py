@@ -88,6 +88,7 @@ NOISE_REGULARIZES = Claim(
     ),
     settings=tuple(grid(batch=(FULL, 16, 8, 4))),
     measure=_noise,
+    remark="The rates chosen for the four differ, and with them more than the noise.",
     columns={"test_error": "test error, %", "train_error": "train error, %", "train_loss": "train loss"},
     plots=(
         Plot(
