@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FRAMEWORKS = ROOT / "docs" / "frameworks.md"  # the only page whose blocks may need packages that are not installed
 API = sorted((ROOT / "docs" / "api").glob("*.md"))
 # The settings of a program in launch/ stand in a file of conf/.
-SETTINGS = {"train": "train", "ray_train": "train", "compare": "compare", "bench": "bench"}
+SETTINGS = {"train": "train", "ray_train": "train", "compare": "compare", "bench": "bench", "claims": "claims"}
 
 
 def name(value):

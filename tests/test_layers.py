@@ -45,7 +45,8 @@ LAUNCH_HEIGHT = {
     "experiment.comparison": 6,
     "experiment.bench": 4, "experiment.bench.scaling": 5, "experiment.bench.registry": 6, "experiment.bench.report": 7,
     "experiment.gpu_check": 5,
-    "train": 7, "compare": 7, "bench": 8, "gpu_check": 7, "ray_train": 8,
+    "experiment.claims": 7,
+    "train": 7, "compare": 7, "bench": 8, "gpu_check": 7, "ray_train": 8, "claims": 8,
 }  # fmt: skip
 DOOR = {("nn", "convert_sync_batchnorm")}  # calls the public convert(): torch's name for it is a method
 
