@@ -60,7 +60,8 @@ def few_digits() -> Images:
 @cache
 def digits_on_photos() -> Images:
     """Load, or make once, digits laid over photos, `(N, 3, 28, 28)`: setting R."""
-    source = DigitsOnPhotos(os.environ.get("SYNCBN_CACHE", "~/.cache/syncbn"), mean=MEAN, std=STD)
+    sizes = {"num_train": 14_000, "num_val": 1_000, "num_test": 1_500}
+    source = DigitsOnPhotos(os.environ.get("SYNCBN_CACHE", "~/.cache/syncbn"), **sizes, mean=MEAN, std=STD)
     splits = source.make_splits()
 
     def read(images: ImageSet) -> Split:

@@ -120,19 +120,16 @@ class Task(L.LightningModule, ABC):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count one batch of validation images."""
-        self._measure("val", batch)
+        self._measure("val", batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count one batch of the images of `eval_split`, or of training images seen in eval mode."""
-        name = ("test", "train_eval")[dataloader_idx]
         split = getattr(getattr(self.trainer, "datamodule", None), "eval_split", "test")
-        self._measure(name, batch, split if name == "test" else name)
+        self._measure(("test", "train_eval")[dataloader_idx], batch, (split, "train_eval")[dataloader_idx])
 
-    def _measure(self, metric: str, batch: tuple[Tensor, Tensor], name: str | None = None) -> None:
-        """Count by this metric; log as `name`."""
+    def _measure(self, metric: str, batch: tuple[Tensor, Tensor], name: str) -> None:
         images, labels = batch
         loss, score = cast(Metric, self.losses[metric]), cast(Metric, self.scores[metric])
-        name = name or metric
         if len(labels):  # a rank without any image only takes part in the exchange
             logits = self(images)
             loss.update(F.cross_entropy(logits, labels, reduction="none"))
