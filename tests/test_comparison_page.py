@@ -18,9 +18,10 @@ import pytest
 from matplotlib.figure import Figure
 from test_comparison_statistics import cell, cells
 
-from experiment.comparison import figure_files, plots
+from experiment.comparison import plots
 from experiment.comparison.page import write_report
 from experiment.comparison.plan import Plan
+from experiment.pages import figure_files, figures
 
 NASTY = """$\\alpha$ <b>x</b> <script>alert(1)</script> "quoted' & {{ 7 * 7 }} """ + "long" * 40
 PLANNED = Plan((("bn", "syncbn"), ("gn", "syncbn")), 1, (4,))
@@ -216,7 +217,7 @@ def test_equal_rows_give_equal_files(page, tmp_path):
 )
 def test_the_axis_is_logarithmic_only_if_it_must(values, scale):
     axes = Figure().add_subplot()
-    plots.set_limits(axes, values, [values[0] / 3, values[-1] * 2, float("nan")], 100)
+    figures.set_limits(axes, values, [values[0] / 3, values[-1] * 2, float("nan")], 100)
     low, high = axes.get_ylim()
     assert axes.get_yscale() == scale
     assert (low == 0) == (scale == "linear")
@@ -310,7 +311,7 @@ def measure(browse, pages, folder, *flags):
 def test_a_browser_shows_it_on_a_phone_and_on_a_screen(browse, page, tmp_path, theme):
     narrow, wide = measure(browse, [page], tmp_path, f"--blink-settings=preferredColorScheme={int(theme == 'light')}")
     assert (narrow["scroll"], wide["scroll"]) == (400, 1600)
-    colour = getattr(plots, theme.upper()).background
+    colour = getattr(figures, theme.upper()).background
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     for found in (narrow, wide):
         assert found["back"] == f"rgb({red}, {green}, {blue})"

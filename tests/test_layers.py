@@ -42,6 +42,7 @@ LAUNCH_HEIGHT = {
     "experiment.training.freeze_late": 3,
     "experiment.resume": 4, "experiment.simulation": 4,
     "experiment.evaluate": 5,
+    "experiment.pages": 1,
     "experiment.comparison": 6,
     "experiment.bench": 4, "experiment.bench.scaling": 5, "experiment.bench.registry": 6, "experiment.bench.report": 7,
     "experiment.gpu_check": 5,

@@ -3,19 +3,16 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from experiment.claims import plots, selection
 from experiment.claims.algebra import SENTENCES
 from experiment.claims.claim import Claim, Plot
 from experiment.claims.findings import Outcome, find, number
 from experiment.claims.names import describe
 from experiment.claims.runs import Row
-from experiment.comparison.figure_files import to_inline_svg, to_png, to_svg
 from experiment.comparison.formatting import count
-from experiment.comparison.plots import DARK, LIGHT
 from experiment.comparison.statistics import mean_interval
+from experiment.pages.figures import DARK, LIGHT
+from experiment.pages.html import InlineFigure, templates, write_figure
 from experiment.training.atomic_files import write_file
 
 TEMPLATE = "page.html.jinja"
@@ -37,53 +34,45 @@ def write_report(
         What was found for each claim.
     """
     outcomes = [find(claim, seeds or claim.seeds, rows) for claim in claims]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     used = [row for outcome in outcomes for row in outcome.rows]
-    page = environment.get_template(TEMPLATE).render(
-        outcomes=outcomes,
-        sentences=[(sentence, sentence.measure()) for sentence in SENTENCES],
-        figures={outcome.claim.name: _figures(outcome, folder) for outcome in outcomes},
-        tables={outcome.claim.name: _table(outcome) for outcome in outcomes},
-        selection_seeds=selection.SEEDS,
-        command=command,
-        describe=describe,
-        number=number,
-        count=count,
-        minutes=round(sum(row["seconds"] for row in rows.values()) / 60),
-        versions=sorted({f"{name} {version}" for row in used for name, version in row["versions"].items()}),
+    page = (
+        templates(Path(__file__).parent)
+        .get_template(TEMPLATE)
+        .render(
+            title="Sentences about BatchNorm, put to the test",
+            outcomes=outcomes,
+            sentences=[(sentence, sentence.measure()) for sentence in SENTENCES],
+            figures={outcome.claim.name: _figures(outcome, folder) for outcome in outcomes},
+            tables={outcome.claim.name: _table(outcome) for outcome in outcomes},
+            selection_seeds=selection.SEEDS,
+            command=command,
+            describe=describe,
+            number=number,
+            count=count,
+            minutes=round(sum(row["seconds"] for row in rows.values()) / 60),
+            versions=sorted({f"{name} {version}" for row in used for name, version in row["versions"].items()}),
+        )
     )
     write_file(folder / "index.html", page)
     return outcomes
 
 
-def _figures(outcome: Outcome, folder: Path) -> list[dict[str, Markup | str]]:
+def _figures(outcome: Outcome, folder: Path) -> list[InlineFigure]:
     """Draw the figures for which there are numbers."""
     drawn = [i for i, plot in enumerate(outcome.claim.plots) if plots.lines_of(plot, outcome.rows)]
     return [_figure(outcome, index, folder) for index in drawn]
 
 
-def _figure(outcome: Outcome, index: int, folder: Path) -> dict[str, Markup | str]:
+def _figure(outcome: Outcome, index: int, folder: Path) -> InlineFigure:
     """Draw a figure for light and for dark."""
     plot: Plot = outcome.claim.plots[index]
     name = f"{outcome.claim.name}_{index + 1}"
     figures = [plots.draw(plot, outcome.rows, theme) for theme in (LIGHT, DARK)]
-    light, dark = map(to_svg, figures)
-    write_file(folder / "plots" / f"{name}.svg", light)
-    write_file(folder / "plots" / f"{name}.png", to_png(figures[0]))
     text = f"{plot.title}: {plot.y_label}. " + "; ".join(
         f"{line} " + ", ".join(f"{number(interval.mean)}{f' at {x:g}' if plot.x else ''}" for x, interval in points)
         for line, points in plots.lines_of(plot, outcome.rows).items()
     )
-    inline = {
-        theme: Markup(to_inline_svg(svg, f"{name}-{theme}", text)) for theme, svg in (("light", light), ("dark", dark))
-    }
-    return {"name": name, **inline}
+    return write_figure(name, figures, text, plot.title, folder)
 
 
 def _table(outcome: Outcome) -> list[tuple[str, str, list[str], int]]:

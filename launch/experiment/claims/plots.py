@@ -9,8 +9,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from experiment.claims.claim import Plot
 from experiment.claims.names import ARMS, describe
 from experiment.claims.runs import Row
-from experiment.comparison.plots import FONT_SIZE, MARKERS, Theme, set_limits
 from experiment.comparison.statistics import Interval, mean_interval
+from experiment.pages.figures import FONT_SIZE, MARKERS, Theme, make_figure, plain, set_limits
 
 Points = list[tuple[float, Interval]]
 WIDTH = 4.6  # inches, as the figures of the comparison
@@ -43,9 +43,7 @@ def draw(plot: Plot, rows: Sequence[Row], theme: Theme) -> Figure:
     """Draw one figure."""
     lines = lines_of(plot, rows)
     height = 3.3 + 0.12 * len(lines) if plot.x else 1.2 + 0.34 * len(lines)
-    figure = Figure(figsize=(WIDTH, height), facecolor=theme.background, layout="constrained")
-    axes = figure.add_subplot(facecolor=theme.background)
-    _decorate(axes, theme)
+    figure, axes = make_figure(WIDTH, height, theme)
     axes.set_title(plot.title, loc="left", fontsize=FONT_SIZE, color=theme.ink)
     if plot.x:
         _draw_lines(axes, plot, lines, theme)
@@ -54,16 +52,6 @@ def draw(plot: Plot, rows: Sequence[Row], theme: Theme) -> Figure:
     else:
         _draw_points(axes, plot, lines, theme)
     return figure
-
-
-def _decorate(axes: Axes, theme: Theme) -> None:
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.ink)
-    axes.tick_params(colors=theme.ink, labelsize=FONT_SIZE)
-    for text in (axes.xaxis.label, axes.yaxis.label):
-        text.set(color=theme.ink, fontsize=FONT_SIZE)
 
 
 def _draw_lines(axes: Axes, plot: Plot, lines: dict[str, Points], theme: Theme) -> None:
@@ -83,7 +71,7 @@ def _draw_lines(axes: Axes, plot: Plot, lines: dict[str, Points], theme: Theme) 
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(sorted({x for points in lines.values() for x, _ in points})))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
 
@@ -98,5 +86,5 @@ def _draw_points(axes: Axes, plot: Plot, lines: dict[str, Points], theme: Theme)
     if plot.log_y and all(interval.mean > 0 for [(_, interval)] in lines.values()):
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.set_xlabel(plot.y_label)

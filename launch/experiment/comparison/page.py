@@ -2,36 +2,22 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from experiment.comparison import export, formatting, plots
 from experiment.comparison.conclusions import draw_conclusions
 from experiment.comparison.curves import training_lines
-from experiment.comparison.figure_files import to_inline_svg, to_png, to_svg
 from experiment.comparison.plan import Plan
 from experiment.comparison.results_table import REFERENCE, ResultsTable, Row
 from experiment.comparison.selection_table import how_chosen, selection_lines
 from experiment.comparison.settings import MODES, settings, warnings
 from experiment.comparison.statistics import Interval, mean_interval
+from experiment.pages.figures import DARK, LIGHT
+from experiment.pages.html import InlineFigure, templates, write_figure
 from experiment.training.atomic_files import write_file
 
 TEMPLATE = "page.html.jinja"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure of the page, drawn for light and for dark."""
-
-    name: str
-    caption: str
-    light: Markup
-    dark: Markup
 
 
 def write_report(
@@ -56,44 +42,43 @@ def write_report(
     tables = {"results.csv": export.results_csv(every), "summary.csv": export.summary_csv(results)}
     curves = [_error_plot(results, world_size, folder) for world_size in results.world_sizes]
     trainings = _training_plots(results, folder)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(TEMPLATE).render(
-        title=title,
-        command=command,
-        results=results,
-        reference=REFERENCE,
-        conclusions=draw_conclusions(results, plan),
-        selection=selection_lines(results),
-        how_chosen=how_chosen(results),
-        plan=plan,
-        planned=(planned := plan.differences(results)),
-        differences=results.differences(planned),
-        warnings=warnings(results, missing),
-        settings=settings(results) if results.done else [],
-        curves=curves,
-        trainings=trainings,
-        changes=[line for w in results.world_sizes for label in results.labels for line in results.changes(label, w)],
-        costs=_costs(results),
-        cells=every,
-        downloads={name: _data_uri(text) for name, text in tables.items()},
-        modes=MODES,
-        minus=formatting.MINUS,
-        formatting=formatting,
+    page = (
+        templates(Path(__file__).parent)
+        .get_template(TEMPLATE)
+        .render(
+            title=title,
+            command=command,
+            results=results,
+            reference=REFERENCE,
+            conclusions=draw_conclusions(results, plan),
+            selection=selection_lines(results),
+            how_chosen=how_chosen(results),
+            plan=plan,
+            planned=(planned := plan.differences(results)),
+            differences=results.differences(planned),
+            warnings=warnings(results, missing),
+            settings=settings(results) if results.done else [],
+            curves=curves,
+            trainings=trainings,
+            changes=[
+                line for w in results.world_sizes for label in results.labels for line in results.changes(label, w)
+            ],
+            costs=_costs(results),
+            cells=every,
+            downloads={name: _data_uri(text) for name, text in tables.items()},
+            modes=MODES,
+            minus=formatting.MINUS,
+            formatting=formatting,
+        )
     )
     for name, text in {**tables, "index.html": page}.items():
         write_file(folder / name, text)
     return folder / "index.html"
 
 
-def _error_plot(results: ResultsTable, world_size: int, folder: Path) -> Plot:
+def _error_plot(results: ResultsTable, world_size: int, folder: Path) -> InlineFigure:
     name = f"error_{world_size}_ranks"
-    figures = [plots.error_curve(results, world_size, theme) for theme in (plots.LIGHT, plots.DARK)]
+    figures = [plots.error_curve(results, world_size, theme) for theme in (LIGHT, DARK)]
     means = [f"{label}: {_describe_curve(results, label, world_size)}" for label in results.labels]
     title = f"Test error in % against images per rank, {formatting.count(world_size, 'rank')}. {'; '.join(means)}"
     caption = (
@@ -102,7 +87,7 @@ def _error_plot(results: ResultsTable, world_size: int, folder: Path) -> Plot:
     )
     if results.once_per_seed:
         caption += f" Run once per seed, since the batch does not enter: {', '.join(results.once_per_seed)}."
-    return _plot(name, figures, title, caption, folder)
+    return write_figure(name, figures, title, caption, folder)
 
 
 def _describe_curve(results: ResultsTable, label: str, world_size: int) -> str:
@@ -112,7 +97,7 @@ def _describe_curve(results: ResultsTable, label: str, world_size: int) -> str:
     )
 
 
-def _training_plots(results: ResultsTable, folder: Path) -> list[Plot]:
+def _training_plots(results: ResultsTable, folder: Path) -> list[InlineFigure]:
     """Draw one small figure per world size and batch, all with one loss axis."""
     keys = [(world_size, batch) for world_size in results.world_sizes for batch in results.batches(world_size)]
     found = {key: training_lines(results, *key) for key in keys}
@@ -122,21 +107,11 @@ def _training_plots(results: ResultsTable, folder: Path) -> list[Plot]:
         if not lines:
             continue
         title = f"{formatting.count(batch, 'image')} per rank, {formatting.count(world_size, 'rank')}"
-        figures = [plots.training_curve(lines, title, shared, theme) for theme in (plots.LIGHT, plots.DARK)]
+        figures = [plots.training_curve(lines, title, shared, theme) for theme in (LIGHT, DARK)]
         labels = ", ".join(line.name for line in lines)
         name = f"loss_{world_size}_ranks_{batch}_per_rank"
-        drawn.append(_plot(name, figures, f"Training loss against step, {title}: {labels}", title, folder))
+        drawn.append(write_figure(name, figures, f"Training loss against step, {title}: {labels}", title, folder))
     return drawn
-
-
-def _plot(name: str, figures: Sequence[Figure], title: str, caption: str, folder: Path) -> Plot:
-    light, dark = [to_svg(figure) for figure in figures]
-    write_file(folder / "plots" / f"{name}.svg", light)
-    write_file(folder / "plots" / f"{name}.png", to_png(figures[0]))
-    inline = [
-        Markup(to_inline_svg(svg, f"{name}-{theme}", title)) for svg, theme in ((light, "light"), (dark, "dark"))
-    ]
-    return Plot(name, caption, *inline)
 
 
 def _costs(results: ResultsTable) -> list[tuple[str, int, int, dict[str, Interval | None]]]:

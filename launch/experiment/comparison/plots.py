@@ -3,52 +3,31 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from experiment.comparison.curves import Line, error_lines
-from experiment.comparison.figure_files import ignore_missing_glyphs
 from experiment.comparison.formatting import count
 from experiment.comparison.results_table import ResultsTable
+from experiment.pages.figure_files import ignore_missing_glyphs
+from experiment.pages.figures import FONT_SIZE, MARKERS, Theme, make_figure, plain, set_limits
 
-MARKERS = "osD^vPX<>p"
-LOG_RATIO = 5  # of largest to smallest value, above which an axis is logarithmic
 LINE_LENGTH = 14  # characters of a label beside a curve
-FONT_SIZE = 10  # points, in figures that are shown at their own size or larger
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a figure: told apart by the colour-blind, and 3:1 or more against the background."""
-
-    background: str
-    ink: str
-    grid: str
-    colors: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#ffffff", "#1b1f24", "#dfe3e8", ("#d55e00", "#0072b2", "#009e73", "#b5569b", "#a87b00", "#555555", "#2b8cc4")
-)
-DARK = Theme(
-    "#14171a", "#e8eaed", "#363c43", ("#ff8a4c", "#56b4e9", "#2cc295", "#e59ac6", "#f0e442", "#c8c8c8", "#b8a6ff")
-)
 
 
 def error_curve(results: ResultsTable, world_size: int, theme: Theme) -> Figure:
     """Draw test error in % against the per-rank batch size, a line with a 95 % band for each arm."""
     lines = error_lines(results, world_size)
-    figure, axes = _figure(4.6, max(3.6, 1.2 + 0.3 * len(lines)), theme)
+    figure, axes = make_figure(4.6, max(3.6, 1.2 + 0.3 * len(lines)), theme)
     batches = results.batches(world_size)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(batches))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.set_xlim(batches[0] / 2**0.25, batches[-1] * 2**0.25)
     axes.set_xlabel("images per rank")
     score = results.done[0].get("score", "accuracy")
@@ -74,7 +53,7 @@ def _title(results: ResultsTable, world_size: int) -> str:
 
 def training_curve(lines: list[Line], title: str, shared: Sequence[float], theme: Theme) -> Figure:
     """Draw training loss against step; `shared` are the losses of all figures that share this one's axis."""
-    figure, axes = _figure(3.7, max(2.9, 1.0 + 0.3 * len(lines)), theme)
+    figure, axes = make_figure(3.7, max(2.9, 1.0 + 0.3 * len(lines)), theme)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.set_title(title, loc="left", fontsize=FONT_SIZE, color=theme.ink)
@@ -84,39 +63,6 @@ def training_curve(lines: list[Line], title: str, shared: Sequence[float], theme
         _draw(axes, line, theme, marker=False)
     _label_lines(figure, axes, lines, theme, marker=False)
     return figure
-
-
-def set_limits(axes: Axes, values: Sequence[float], ends: Sequence[float], largest: float) -> None:
-    """Give the y axis its scale: from zero, or logarithmic with plain tick labels if the values differ much."""
-    values = [value for value in values if math.isfinite(value)]
-    high = max([*values, *(end for end in ends if math.isfinite(end))], default=1.0)
-    low = min(values, default=0.0)
-    if low > 0 and max(values) > LOG_RATIO * low:
-        bottom = min([low, *(end for end in ends if end > low / 2)])
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 100 * bottom else (1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(bottom / 1.1, min(high, largest) * 1.15)
-    else:
-        axes.set_ylim(0, min(high * 1.08, largest) or 1.0)
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-
-
-def _plain(value: float, _: int | None = None) -> str:
-    return f"{value:g}"
-
-
-def _figure(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), facecolor=theme.background, layout="constrained")
-    axes = figure.add_subplot(facecolor=theme.background)
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.ink)
-    axes.tick_params(colors=theme.ink, labelsize=FONT_SIZE)
-    for text in (axes.xaxis.label, axes.yaxis.label):
-        text.set(color=theme.ink, fontsize=FONT_SIZE)
-    return figure, axes
 
 
 def _style(line: Line, theme: Theme, marker: bool) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What the reports have in common: their looks, and figures as files and within the page."""
