@@ -160,6 +160,8 @@ def test_candidates_are_in_no_figure():
     assert (line.chosen, line.at_edge) == (0.1, True)
     assert "lies at the edge of its grid for bn" in settings.warnings(results, missing=0)[0]
     assert "seed 100, which is none of the grid's" in selection_table.how_chosen(results)
+    results = ResultsTable.of([{**row, "selection": {**CHOSEN, "val_error": 0.86}} for row in rows])
+    assert "At none of the learning rates tried did bn learn half" in settings.warnings(results, missing=0)[0]
 
 
 SPREADS = [(0.03, 0.02, 1e-3), (0.01, 0.03, 1e-3), (0.005, 0.02, 0.02)]

@@ -19,6 +19,7 @@ ISOLATE = {
     "sqrt": "sqrt: the learning rate is scaled by the root of the global batch; steps and SGD noise change with it",
     "none": "none: nothing is held constant; the SGD batch changes with the normalization batch",
 }
+WEAK = 0.5  # validation error of a choice that says little
 ENGINES = {
     "simulate": "simulate: one process stands for all ranks and computes what they would",
     "torchrun": "torchrun: each cell is a job of real processes",
@@ -47,6 +48,12 @@ def warnings(results: ResultsTable, missing: int) -> list[str]:
     edges = sorted({row["arm"] for row in results.done if (row.get("selection") or {}).get("at_edge")})
     if edges:
         found.append(f"The chosen learning rate lies at the edge of its grid for {', '.join(edges)}.")
+    weak = sorted({r["arm"] for r in results.done if (r.get("selection") or {}).get("val_error", 0) > WEAK})
+    if weak:
+        found.append(
+            f"At none of the learning rates tried did {', '.join(weak)} learn half of the validation images in the "
+            "epochs of that choice: it says little."
+        )
     common = sorted({row["arm"] for row in results.done if not row.get("selection")})
     if common:
         found.append(
