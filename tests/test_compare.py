@@ -224,8 +224,8 @@ def test_a_larger_grid_goes_on_from_the_smaller(here, monkeypatch):
     ("arguments", "message"),
     [
         (["model.width=4"], "model.width: 16 there, 4 here"),
-        (["isolate=none"], "isolate: 'accumulate' there, 'none' here"),
-        (["evaluate=[rank0]"], "evaluate: "),
+        pytest.param(["isolate=none"], "isolate: 'accumulate' there, 'none' here", marks=pytest.mark.slow),
+        pytest.param(["evaluate=[rank0]"], "evaluate: ", marks=pytest.mark.slow),
     ],
 )
 def test_results_of_another_grid_are_kept(here, monkeypatch, capfd, arguments, message):
@@ -248,6 +248,7 @@ def test_results_of_other_versions_are_not_added_to(here, monkeypatch, capfd):
     assert (here / "out" / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_arm_whose_file_has_changed_is_not_mixed_with_itself(here, monkeypatch, capfd):
     file = here / "own" / "norm" / "mine.yaml"
     file.parent.mkdir(parents=True)
@@ -265,7 +266,13 @@ def test_an_arm_whose_file_has_changed_is_not_mixed_with_itself(here, monkeypatc
     assert (here / "out" / "results.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(("how", "reason"), [("FAILS", "RuntimeError: no luck today"), ("KILLED", "ended by SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("FAILS", "RuntimeError: no luck today"),
+        pytest.param("KILLED", "ended by SIGKILL", marks=pytest.mark.slow),
+    ],
+)
 def test_a_failed_cell_is_told_and_tried_again_by_the_next_run(here, monkeypatch, capfd, how, reason):
     with monkeypatch.context() as patch:
         patch.setenv(f"QUICK_{how}", "syncbn-w4-p2-s0")
@@ -296,6 +303,7 @@ def test_a_cell_that_came_to_nan_is_no_number(here, monkeypatch, capfd):
     assert "bn-w4-p2-s1: test error no number" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_cells_use_the_cores_once(here, monkeypatch):
     """Three cells wait: not more than `jobs` are there at once, each with its part of the threads."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))

@@ -38,11 +38,14 @@ def composed(*overrides, folders=()):
     return config, shared_overrides(config, whole.hydra.runtime.choices, overrides, folders)
 
 
-def grid(*overrides, folders=()):
-    config, shared = composed(*overrides, folders=folders)
+def made(config, shared):
     cells = make_cells(config, shared)
     make_selections(config, shared)
     return cells
+
+
+def grid(*overrides, folders=()):
+    return made(*composed(*overrides, folders=folders))
 
 
 def as_config(cell):
@@ -200,8 +203,9 @@ def test_simulated_nodes():
     ],
 )
 def test_a_grid_that_cannot_be_run_is_refused(overrides, message):
+    config = compose("compare", overrides=overrides.split())
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        grid(*overrides.split())
+        made(config, [])
 
 
 def test_every_problem_is_listed_once():
@@ -277,6 +281,7 @@ def test_arms_of_the_users_own_folder(tmp_path):
         grid("arms=[pairs]", "world_sizes=[1]", folders=[folder])
 
 
+@pytest.mark.slow
 def test_what_cells_have_in_common(monkeypatch):
     def common(*overrides):
         return base_config(*composed(*overrides))

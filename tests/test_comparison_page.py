@@ -197,6 +197,7 @@ def test_empty_results_say_so(edge, request):
     assert ("Holm-corrected" in text) == (name == "one batch")
 
 
+@pytest.mark.slow
 def test_equal_rows_give_equal_files(page, tmp_path):
     def digests(folder):
         files = [path for path in folder.rglob("*") if path.is_file()]

@@ -45,9 +45,9 @@ def run_selection(selection, error):
     [
         (0.2, [0.05, 0.1, 0.2, 0.4], 0.2, False),
         (0.5, [0.05, 0.1, 0.2, 0.4, 0.8], 0.4, False),
-        (0.02, [0.05, 0.1, 0.2, 0.4, 0.025, 0.0125], 0.025, False),
+        pytest.param(0.02, [0.05, 0.1, 0.2, 0.4, 0.025, 0.0125], 0.025, False, marks=pytest.mark.slow),
         (9.0, [0.05, 0.1, 0.2, 0.4, 0.8, 1.6], 1.6, True),
-        (1e-4, [0.05, 0.1, 0.2, 0.4, 0.025, 0.0125], 0.0125, True),
+        pytest.param(1e-4, [0.05, 0.1, 0.2, 0.4, 0.025, 0.0125], 0.0125, True, marks=pytest.mark.slow),
     ],
 )
 def test_the_best_rate_is_taken_and_the_grid_continued_at_its_edge(best, tried, chosen, at_edge):

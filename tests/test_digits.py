@@ -137,6 +137,7 @@ def read_cached_on_rank(rank, world_size, path):
     return read_cached(path)
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_make_the_cache_once(run, tmp_path):
     path = tmp_path / "a.npz"
     sums = run(read_cached_on_rank, 3, path, initialize=False)

@@ -155,6 +155,7 @@ class Drawn(nn.GroupNorm):
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*")
+@pytest.mark.slow
 def test_a_norm_with_random_parameters_starts_alike(tmp_path, monkeypatch):
     settings = [*FLOAT64, "+norm={_target_: test_evaluate.Drawn}", "trainer.max_steps=2"]
     one, _ = simulated(tmp_path / "simulated", monkeypatch, *settings, "simulate=1")
@@ -202,7 +203,13 @@ def test_a_run_that_diverges_still_ends_with_a_table(tmp_path, monkeypatch, caps
     assert "not finite" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["evaluate=[]", "evaluate=[rank1]", "evaluate=[rank0,ema]"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "evaluate=[]",
+        *(pytest.param(f"evaluate=[{wrong}]", marks=pytest.mark.slow) for wrong in ("rank1", "rank0,ema")),
+    ],
+)
 def test_unknown_kinds(tmp_path, monkeypatch, wrong):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="expected evaluate to be a list of rank0, averaged, precise, batch"):
