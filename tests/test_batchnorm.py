@@ -38,7 +38,7 @@ def shapes(split, world_size, tail, channels=3):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_split_equals_one_process(run, world_size, split):
     cases = [
         make_case(shapes(split, world_size, tail), steps=2, dtype=dtype, layout=layout)

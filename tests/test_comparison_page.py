@@ -132,6 +132,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(edge):
     text = edge.read_text()
     read = Reader(text)
@@ -149,6 +150,7 @@ def test_the_page_needs_nothing_else(edge):
     assert set(references) <= set(read.ids)
 
 
+@pytest.mark.slow
 def test_what_users_type_is_text(edges):
     text = edges["nasty"].read_text()
     assert text.count("&lt;script&gt;alert(1)") > 5
@@ -188,6 +190,7 @@ def test_the_page_says_what_it_must(page):
     assert "Read with care" not in text
 
 
+@pytest.mark.slow
 def test_empty_results_say_so(edge, request):
     text = Reader(edge.read_text()).text
     name = request.node.callspec.params["edge"]
@@ -330,6 +333,7 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_screen(browse, page, tmp_path, t
     assert wide["plots"][0]["width"] == 600
 
 
+@pytest.mark.slow
 def test_a_browser_shows_every_edge(browse, edges, tmp_path):
     for i, found in enumerate(measure(browse, edges.values(), tmp_path)):
         assert found["scroll"] == (400, 1600)[i % 2]

@@ -103,6 +103,7 @@ def test_private_names_stand_in_one_file():
     assert {path: names for path, names in found.items() if names} == {}
 
 
+@pytest.mark.slow
 def test_everything_works_without_private_names(tmp_path):
     """On two ranks, with `without_private_names.py`."""
     program, environment = Path(__file__).with_name("without_private_names.py"), os.environ | {"OMP_NUM_THREADS": "1"}

@@ -170,6 +170,7 @@ def compiled(rank, world_size):
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), eager)
 
 
+@pytest.mark.slow
 def test_they_compile_into_one_graph(run):
     run(compiled, 2, timeout=300)
 

@@ -524,7 +524,7 @@ def run_with(rank, world_size, cases, others):
     return found
 
 
-@pytest.mark.parametrize("others", [(), (1,), (0, 2)])
+@pytest.mark.parametrize("others", [(1,), *(pytest.param(others, marks=pytest.mark.slow) for others in ((), (0, 2)))])
 def test_ranks_with_any_kernels_equal_one_process(run, others):
     options = [{}, {"layer": {"affine": False}}, {"frozen_weight": True}, {"layer": {"momentum": None}}]
     cases = [

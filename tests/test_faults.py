@@ -116,9 +116,9 @@ FAULTS = [
     # mishaps
     Fault(faults.raises_and_goes_on, LOUD, "norm1"),
     dies(faults.raises_in_forward, "Mishap"),
-    dies(faults.raises_in_forward, "Mishap", world_size=3),
+    dies(faults.raises_in_forward, "Mishap", world_size=3, slow=True),
     dies(faults.raises_in_backward, "Mishap", on="norm3"),
-    dies(faults.raises_in_backward_in_ddp, "Mishap", on="norm3"),
+    dies(faults.raises_in_backward_in_ddp, "Mishap", on="norm3", slow=True),
     dies(faults.gets_an_input_of_the_wrong_width, "ValueError"),
     dies(faults.has_fewer_batches, "returned"),
     dies(faults.exits, "SystemExit"),

@@ -193,7 +193,7 @@ print(len(calls), len({file for file, _ in calls}), calls)
 """
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 def test_a_steady_step_makes_few_python_calls(kernels):
     if kernels == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler is installed")

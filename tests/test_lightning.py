@@ -287,6 +287,7 @@ def subgroups_and_late_callbacks(rank, world_size, path):
     return module.middle[1].running_mean
 
 
+@pytest.mark.slow
 def test_subgroups_filters_and_layers_of_later_callbacks(run, tmp_path):
     results = run(subgroups_and_late_callbacks, 4, str(tmp_path))
     assert torch.equal(results[0], results[1])

@@ -105,7 +105,7 @@ def run_threaded(rank, world_size, case, group_size, gathers):
         pytest.param(64, 64, True, id="64 gathering"),  # as groups that say they are gloo do
         pytest.param(64, 64, False, id="64"),
         pytest.param(64, 16, False, id="64 in groups of 16"),
-        pytest.param(256, 256, False, id="256"),
+        pytest.param(256, 256, False, id="256", marks=pytest.mark.slow),
         pytest.param(256, 256, True, id="256 gathering", marks=pytest.mark.slow),
         pytest.param(1024, 1024, False, id="1024", marks=pytest.mark.slow),
     ],

@@ -303,7 +303,7 @@ def test_two_runs_in_one_folder(here, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize(
     "extra",
     [
-        ["data.accumulate=2", "trainer.max_steps=7", "+data.num_workers=1"],
+        pytest.param(["data.accumulate=2", "trainer.max_steps=7", "+data.num_workers=1"], marks=SLOW),
         pytest.param(["trainer.precision=64-true"], marks=SLOW),
         pytest.param(["+trainer.val_check_interval=2"], marks=SLOW),
         pytest.param(["trainer.precision=bf16-true"], marks=SLOW),

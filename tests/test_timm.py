@@ -16,8 +16,9 @@ from timm.optim import param_groups_weight_decay  # noqa: E402
 from timm.utils import ModelEmaV3  # noqa: E402
 from timm.utils.model import freeze, reparameterize_model, unfreeze  # noqa: E402
 
-QUICK = ["resnet18", "test_efficientnet", "repvgg_a0"]
+QUICK = ["resnet18", "test_efficientnet"]
 SLOW = [
+    "repvgg_a0",
     "mobileone_s0", "levit_128s", "fastvit_t8", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002",
     "regnety_002", "densenet121", "dla34", "hrnet_w18_small", "res2net50_26w_4s", "rexnet_100", "ghostnet_050",
     "repghostnet_050", "ese_vovnet19b_slim_dw", "cspresnet50", "mnasnet_small", "lcnet_035", "tinynet_e",

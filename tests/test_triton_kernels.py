@@ -101,7 +101,11 @@ SOME = [(*kind, [*TOLERANCE][i % len(TOLERANCE)]) for i, kind in enumerate(SHAPE
 MORE = [(*kind, dtype) for kind in [*SHAPES, *MORE_SHAPES] for dtype in TOLERANCE if (*kind, dtype) not in SOME]
 
 
-@pytest.mark.parametrize(("shape", "layout", "dtype"), SOME)
+LONG = (1, 4)  # of SOME: seconds in the interpreter
+PHASES = [pytest.param(*case, marks=[pytest.mark.slow] * (i in LONG)) for i, case in enumerate(SOME)]
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype"), PHASES)
 def test_the_phases_match_float64(shape, layout, dtype):
     match_float64(shape, layout, dtype)
 
