@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import claims as program
-from experiment.claims import execute, images, learning, networks, rates, recurrent, selection, shift, training
+from experiment.claims import execute, images, learning, networks, rates, recurrent, shift, training
 from experiment.claims.claim import At, Claim, Part
 from experiment.claims.execute import execute_all, made_with
 from experiment.claims.findings import find
@@ -479,4 +479,3 @@ def test_the_program_end_to_end(tmp_path):
     lines = [json.loads(line) for line in files[Path("out/results.jsonl")].splitlines()]
     assert len(lines) == 1 + 3 * 5
     assert "textbook 200" in files[Path("out/index.html")].decode()
-    assert selection.SEEDS

@@ -13,7 +13,6 @@ ARMS = {
     "bn_per_step": "BatchNorm per step",
     "bn_separate": "BatchNorm per step, apart",
 }
-ORDER = list(ARMS)  # of colours
 WITHOUT_NAME = ("arm", "activation", "how")
 
 
