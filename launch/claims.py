@@ -29,7 +29,7 @@ from experiment.claims.selection import wanted
 from experiment.comparison.results_file import Results
 from experiment.training.known_warnings import ignore_known_warnings
 
-GRID = {"claims": 1}  # raise it when the experiments change: results of others are then refused
+GRID = {"claims": 2}  # raise it when the experiments change: results of others are then refused
 
 
 def num_jobs(given: object) -> int:
@@ -65,6 +65,13 @@ def run_all(
                     results.append(row)
 
 
+def command_of(claim: str | None) -> str:
+    """Write the command that gives the same numbers, of one claim or of all that were asked for."""
+    left_out = ["output_dir=", "jobs=", *([] if claim is None else ["claims="])]  # the first two change no number
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(tuple(left_out))]
+    return shlex.join(["python", "launch/claims.py", *([] if claim is None else [f"claims=[{claim}]"]), *given])
+
+
 def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
     """Print the verdicts."""
     table = Table("sentence", "verdict", "numbers")
@@ -81,8 +88,6 @@ def main(config: DictConfig) -> None:
     console = Console()
     claims, seeds = pick(config.claims), config.seeds and [int(seed) for seed in config.seeds]
     folder, jobs = Path(str(config.output_dir)), num_jobs(config.jobs)
-    left_out = ("output_dir=", "jobs=")  # they change no number
-    command = shlex.join(["python", "launch/claims.py", *(a for a in sys.argv[1:] if not a.startswith(left_out))])
     with Results(folder / "results.jsonl", GRID, made_with()) as results:
         for note in results.notes:
             console.print(note, markup=False)
@@ -91,7 +96,7 @@ def main(config: DictConfig) -> None:
         except KeyboardInterrupt:
             console.print(f"stopped with {len(results.rows)} runs done; the same command goes on")
             sys.exit(130)
-        outcomes = page.write_report(claims, seeds, results.rows, folder, command)
+        outcomes = page.write_report(claims, seeds, results.rows, folder, command_of)
     print_table(outcomes, console)
     console.print(f"report: {folder / 'index.html'}", markup=False, soft_wrap=True)
     if any(outcome.failed for outcome in outcomes):

@@ -13,11 +13,22 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
 import claims as program
-from experiment.claims import execute, images, learning, networks, rates, recurrent, shift, training
+from experiment.claims import (
+    execute,
+    images,
+    initialization,
+    learning,
+    networks,
+    rates,
+    recurrent,
+    shift,
+    training,
+)
 from experiment.claims.claim import At, Claim, Part
 from experiment.claims.execute import execute_all, made_with
 from experiment.claims.findings import find
@@ -69,6 +80,29 @@ def test_above(mean, half, verdict):
 def test_within(mean, half, verdict):
     assert Rule("within", 1.0, "%").judge(Interval(mean, half, 5)) == verdict
     assert Rule("within", 1.0, "%").judge(None) == OPEN
+
+
+@pytest.mark.parametrize("kind", ["above", "within"])
+def test_p_values_and_the_seeds_that_would_decide(kind):
+    rule = Rule(kind, 1.0, "points")
+    values = np.random.default_rng(3).normal(-1.4 if kind == "within" else 1.4, 1.0, 8)
+    interval = mean_interval(values.tolist())
+    expected = stats.ttest_1samp(values, -1.0 if kind == "within" else 1.0).pvalue
+    assert rule.p_value(interval) == pytest.approx(expected)
+    needed = rule.seeds_needed(interval)
+    assert rule.judge(interval) == OPEN
+    assert needed > 8
+    deviation = values.std(ddof=1)
+    decided = [
+        rule.judge(mean_interval((values.mean() + deviation * draws).tolist())) != OPEN
+        for draws in np.random.default_rng(1).normal(size=(400, needed))
+    ]
+    assert 0.74 < np.mean(decided) < 0.86  # 80 %
+    assert rule.p_value(Interval(1.4, 0.0, 5)) == 2 * 0.5**5
+    assert rule.p_value(Interval(1.0, 0.0, 5)) == 1
+    assert rule.p_value(Interval(1.4, None, 1)) is None
+    assert rule.seeds_needed(None) is None
+    assert Rule(kind, 1.0, "points", resolution=0.7).widen(Interval(1.5, 0.1, 5)) == Interval(1.5, 0.7, 5)
 
 
 @pytest.mark.parametrize(
@@ -353,9 +387,79 @@ def test_a_diverged_network_errs_by_chance():
 
 def test_steps_to_a_loss():
     losses = [1.0] * 30 + [0.0] * 30
-    assert learning.steps_to(0.5, losses, 99) == 40
-    assert learning.steps_to(-1.0, losses, 99) == 99
-    assert learning.steps_to(2.0, losses[:19], 99) == 99  # diverged before there was a mean
+    assert learning.steps_to(0.5, losses) == 40
+    assert learning.steps_to(-1.0, losses) is None
+    assert learning.steps_to(2.0, losses[:19]) is None  # diverged before there was a mean
+
+
+def test_statistics_of_all_training_images():
+    """The loss is that of the step's images, normalized with the statistics of all of them."""
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randn(12, 3, generator=generator), torch.randint(2, (12,), generator=generator))
+    net, recipe = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), Recipe(0.1, 1, 4, normalize_all=True)
+    normalized = (split.images - split.images.mean(0)) / (split.images.var(0, correction=0) + 1e-5).sqrt()
+    [indices] = training.batches(12, recipe, seed=5)
+    expected = F.cross_entropy(net[1](normalized)[indices], split.labels[indices]).item()
+    assert training.train(net, split, recipe, seed=5) == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_limits_count_as_within():
+    """Errors at a limit itself, which float32 puts on either side of it."""
+    claim = BY_NAME["initialization"]
+    just_above = torch.tensor(0.1).item()  # 0.10000000149
+    assert just_above > initialization.WORKS
+
+    def number(name, setting, seed):
+        return 0.0 if name == "validate_error" else just_above + (setting["arm"] == "none")
+
+    found = find(claim, claim.seeds, made_up_rows(claim, number)).findings
+    assert [finding.interval.mean for finding in found] == [6.0, 0.0, 6.0, 4.0]
+    claim = BY_NAME["larger_rates"]
+    errors = {0.003: 0.3, 0.01: 0.05, 0.03: 0.05 + torch.tensor(0.02).item() + 1e-8, 0.1: 0.071}
+
+    def error(_, setting, seed):
+        return errors.get(setting["rate"], 0.9) if setting["arm"] == "bn" else float(setting["rate"] != 0.003) / 2
+
+    [finding] = find(claim, claim.seeds, made_up_rows(claim, error)).findings
+    assert finding.interval.mean == pytest.approx(1.0)  # 0.03 against 0.003
+    assert finding.interval.half == 0.25  # all seeds alike, but rates are half decades apart
+    assert finding.verdict == SHOWN
+
+
+def test_a_seed_without_a_number_leaves_its_part_open():
+    claim = BY_NAME["converges_faster"]
+
+    def number(name, setting, seed):
+        is_bn = setting["arm"] == "bn"
+        return {"reached": float(is_bn or seed != 10), "steps": 100 if is_bn else 300}.get(name, 0.1)
+
+    found = find(claim, claim.seeds, made_up_rows(claim, number)).findings
+    assert [(finding.verdict, finding.num_left_out, finding.seeds_needed) for finding in found] == [
+        (OPEN, 1, None)
+    ] * 2
+    seeds = claim.seeds[1:]
+    assert {f.verdict for f in find(claim, seeds, made_up_rows(claim, number)).findings} == {SHOWN}
+
+
+@pytest.mark.parametrize("net", ["plain", "residual"])
+def test_gradients_of_the_first_and_last_hidden_layers(net, few_steps):
+    """Without norm at the start, by hand."""
+    run = Run("gradients", {"net": net, "activation": "relu", "arm": "none", "depth": 3}, 0)
+    measured = BY_NAME["gradients"].measure(run)["start"]
+    torch.manual_seed(0)
+    make = networks.residual_mlp if net == "residual" else networks.mlp
+    started = make("none", "relu", depth=3, width=128)
+    *hidden, last = [p.detach().double().requires_grad_() for p in started.parameters() if p.dim() > 1]
+    bias = started[-1].bias.detach().double()
+    data = images.digits().train.first(128)
+    x = data.images.double()
+    if net == "residual":
+        x = x @ hidden.pop(0).T
+    for weight in hidden:
+        x = x + x.relu() @ weight.T if net == "residual" else (x @ weight.T).relu()
+    loss = F.cross_entropy(x @ last.T + bias, data.labels)
+    gradients = torch.autograd.grad(loss, hidden)
+    assert measured == pytest.approx(math.log10(gradients[0].norm() / gradients[-1].norm()))
 
 
 def test_the_measured_shift_is_that_of_the_inputs():
@@ -389,7 +493,7 @@ def test_noise_behind_batch_norm():
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", ["none", *recurrent.FORMS, "ln"])
+@pytest.mark.parametrize("arm", ["none", *recurrent.FORMS, "ln", "gn"])
 def test_recurrent_networks(arm):
     """By hand, with the definition of each arm, at its initial weights in training mode."""
     torch.manual_seed(0)
@@ -413,18 +517,31 @@ def test_recurrent_networks(arm):
             state = norm(state, (0,)) * (1.0 if arm == "bn_shared" else small)
         if arm == "ln":
             state = norm(state, (1,))
+        if arm == "gn":
+            state = norm(state.view(6, 8, 8), (2,)).flatten(1)
         state = state.tanh()
     expected = state @ net.classifier.weight.T + net.classifier.bias
     torch.testing.assert_close(net(x), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_arms_start_from_the_same_weights():
+    arms = ("none", "bn", "ln", "gn", "ghost_4")
+    images_only = ("none", "bn", "gn", "noisy_bn", "ghost_4")
+    residual = partial(networks.residual_mlp, activation="relu", depth=2, width=8)
+    forms = ("none", *recurrent.FORMS, "ln", "gn")
+    makes = ((networks.mlp, arms), (residual, arms), (networks.resnet, images_only), (recurrent.PixelRNN, forms))
+    for make, names in makes:
+        started = []
+        for arm in names:
+            torch.manual_seed(4)
+            net = make(arm)
+            weights = [p.detach().clone() for p in net.parameters() if p.dim() > 1]
+            started.append([*weights, torch.rand(3)])  # nor has an arm drawn more than another
+        assert len({len(weights) for weights in started}) == 1
+        for weights in started[1:]:
+            assert all(torch.equal(*pair) for pair in zip(weights, started[0], strict=True))
     torch.manual_seed(4)
     wanted_weights = [p.clone() for p in networks.mlp("bn").parameters() if p.dim() > 1]
-    for arm in ("none", "ln", "gn", "ghost_4"):
-        torch.manual_seed(4)
-        weights = [p for p in networks.mlp(arm).parameters() if p.dim() > 1]
-        assert all(torch.equal(*pair) for pair in zip(weights, wanted_weights, strict=True))
     torch.manual_seed(4)
     scaled = networks.mlp("bn", scale=3.0)[0].weight
     torch.testing.assert_close(scaled, 3 * wanted_weights[0])
@@ -454,11 +571,12 @@ def test_every_claim_measures_what_it_shows(claim, few_steps, monkeypatch):
     make = small_images(lambda split: lambda: split)
     monkeypatch.setattr(images, "digits", make(64))
     monkeypatch.setattr(images, "digits_on_photos", make(3, 28, 28))
-    monkeypatch.setattr(rates, "LEARNS", 1.0)  # two steps teach nothing
+    monkeypatch.setattr(training, "LEARNS", 1.0)  # two steps teach nothing
+    monkeypatch.setattr(rates, "LEVEL", {"S": 99.0, "R": 99.0})
+    monkeypatch.setattr(learning, "WINDOW", 1)
     rows = [execute.execute(Run(claim.name, s, 0, "report", 0.01 if claim.rates else None)) for s in claim.settings]
     assert {row["status"] for row in rows} == {"done"}, rows
-    missing = [set(claim.columns) - set(row["numbers"]) for row in rows]
-    assert not any(missing) or claim.name == "running_statistics"
+    assert not any(set(claim.columns) - set(row["numbers"]) for row in rows)
     assert all(math.isfinite(part.value(At(rows, 0))) for part in claim.parts)
 
 
@@ -477,5 +595,7 @@ def test_the_program_end_to_end(tmp_path):
     assert start() == files  # nothing runs again, and equal rows give equal files
     assert Path("out/plots/running_statistics_1.png") in files
     lines = [json.loads(line) for line in files[Path("out/results.jsonl")].splitlines()]
-    assert len(lines) == 1 + 3 * 5
-    assert "textbook 200" in files[Path("out/index.html")].decode()
+    assert len(lines) == 1 + 3 * 7
+    page = files[Path("out/index.html")].decode()
+    assert "without Bessel" in page
+    assert "python launch/claims.py &#39;claims=[running_statistics]&#39; &#39;seeds=[0,1,2]&#39;</code>" in page

@@ -25,8 +25,12 @@ def rows_of(*names):
     }
 
 
+def command(claim):
+    return f"python launch/claims.py <x> claims=[{claim}]"
+
+
 def write(rows, folder, claims=NAMES):
-    return page.write_report([BY_NAME[name] for name in claims], None, rows, folder, "python launch/claims.py <x>")
+    return page.write_report([BY_NAME[name] for name in claims], None, rows, folder, command)
 
 
 def test_the_page_says_what_it_must(tmp_path):

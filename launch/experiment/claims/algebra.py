@@ -30,12 +30,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence that follows from the formula, what it is measured by, and the tests that hold it."""
+    """A sentence that follows from the formula, what it is measured by, and the command of its tests."""
 
     name: str
     text: str
     remark: str
-    test: str
+    command: str
     measure: Callable[[], list[Check]]
 
 
@@ -128,21 +128,21 @@ SENTENCES = (
         "redundant_bias",
         "The bias of a convolution before BatchNorm is redundant.",
         "In training; in eval mode the running mean holds what the bias was.",
-        "tests/test_textbook.py, tests/test_claims_algebra.py",
+        "pytest tests/test_textbook.py tests/test_claims_algebra.py",
         redundant_bias,
     ),
     Sentence(
         "scale",
         "The scale of a weight before BatchNorm does not matter to the output, and divides the gradient.",
         "Exactly only without eps; and it does matter to training, as rate / scale² is the effective rate.",
-        "tests/test_claims_algebra.py",
+        "pytest tests/test_claims_algebra.py",
         scale,
     ),
     Sentence(
         "multiply_add",
         "At inference BatchNorm is one multiply-add per value.",
         "And none, folded into the layer before it.",
-        "tests/test_fold.py, tests/test_claims_algebra.py",
+        "pytest tests/test_fold.py tests/test_claims_algebra.py",
         multiply_add,
     ),
 )

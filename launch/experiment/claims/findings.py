@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from experiment.claims.claim import At, Claim, Part
 from experiment.claims.runs import Row
 from experiment.claims.selection import Choice, choices, wanted
-from experiment.claims.verdicts import whole
+from experiment.claims.verdicts import OPEN, whole
 from experiment.comparison.formatting import MINUS
-from experiment.comparison.statistics import Interval, mean_interval
+from experiment.comparison.statistics import Interval, holm, mean_interval
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Finding:
         if self.interval.half is None:
             return f"{number(self.interval.mean, sign=True)} {unit} (n = 1)"
         return f"{number(self.interval.mean, sign=True)} ± {number(self.interval.half)} {unit}"
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """About how many seeds would decide an open part; None if it is not open, or no number would."""
+        is_open = self.verdict == OPEN and not self.num_left_out
+        return self.part.rule.seeds_needed(self.interval) if is_open else None
 
     @property
     def limits(self) -> str:
@@ -93,8 +100,16 @@ def _judge(part: Part, rows: Sequence[Row], seeds: Sequence[int]) -> Finding:
             values.append(part.value(At(rows, seed)))
         except LookupError:
             continue
-    interval = mean_interval(values) if values else None
-    return Finding(part, interval, part.rule.judge(interval), len(seeds) - len(values))
+    interval = part.rule.widen(mean_interval(values)) if values else None
+    is_whole = len(values) == len(seeds)  # seeds without a number may be those that would decide otherwise
+    return Finding(part, interval, part.rule.judge(interval) if is_whole else OPEN, len(seeds) - len(values))
+
+
+def corrected_p(outcomes: Sequence[Outcome]) -> list[list[float | None]]:
+    """Give the p value of every part, by outcome, corrected by Holm for the number of all of them."""
+    found = [finding for outcome in outcomes for finding in outcome.findings]
+    p_values = iter(holm([finding.part.rule.p_value(finding.interval) for finding in found], len(found)))
+    return [list(islice(p_values, len(outcome.findings))) for outcome in outcomes]
 
 
 def number(value: float, *, sign: bool = False) -> str:

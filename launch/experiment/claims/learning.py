@@ -12,6 +12,7 @@ from experiment.claims.runs import Numbers, Run
 from experiment.claims.training import Around, Recipe, error_and_loss, train
 
 EPOCH = 437  # steps of 32 of the 14 000 images in setting R
+STEPS = {"S": 400, "R": 3 * EPOCH}  # with one epoch, the network of R does not learn without norm
 NUM_TRAIN_EVAL = 1500  # training images of which the train error is measured
 WINDOW = 20  # steps that a training loss is averaged over
 
@@ -42,21 +43,21 @@ def in_s(run: Run, make: Callable[[], nn.Module], weight_decay: float = 0.0, *, 
     return learn(run, make, source, Recipe(run.rate, weight_decay=weight_decay))[2]
 
 
-def recipe_of_r(rate: float, num_steps: int = EPOCH) -> Recipe:
+def recipe_of_r(rate: float, num_steps: int = STEPS["R"]) -> Recipe:
     """Give the recipe of setting R."""
     return Recipe(rate, num_steps, weight_decay=1e-4)
 
 
-def steps_to(level: float, losses: list[float], num_steps: int) -> int:
-    """Count the steps until the mean loss of the last 20 is `level` or less; `num_steps` if it never is."""
+def steps_to(level: float, losses: list[float]) -> int | None:
+    """Count the steps until the mean loss of the last 20 is `level` or less; None if it never is."""
     for end in range(WINDOW, len(losses) + 1):
         if statistics.fmean(losses[end - WINDOW : end]) <= level:
             return end
-    return num_steps
+    return None
 
 
 def learn_in(name: str, run: Run, arm: str, rate: float) -> tuple[list[float], Numbers]:
-    """Learn in setting S, or in R for an epoch, with one arm's network."""
+    """Learn in setting S or R with one arm's network."""
     if name == "S":
         return learn(run, lambda: networks.mlp(arm), images.digits(), Recipe(rate))[1:]
     return learn(run, lambda: networks.resnet(arm), images.digits_on_photos(), recipe_of_r(rate))[1:]

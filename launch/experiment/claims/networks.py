@@ -70,6 +70,27 @@ def mlp(
     return with_norm(nn.Sequential(*layers, nn.Linear(width, NUM_CLASSES)), arm)
 
 
+class Residual(nn.Module):
+    """Add `linear(activation(norm(x)))` to x."""
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        linear = nn.Linear(width, width, bias=False)
+        nn.init.kaiming_normal_(linear.weight)
+        self.branch = nn.Sequential(nn.BatchNorm1d(width), ACTIVATIONS[activation](), linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, C)` to `(N, C)`."""
+        y: Tensor = x + self.branch(x)
+        return y
+
+
+def residual_mlp(arm: str, activation: str, depth: int, width: int) -> nn.Module:
+    """Build a linear layer, `depth` residual blocks with the norm in front (He et al. 2016), and a classifier."""
+    first, blocks = nn.Linear(64, width, bias=False), [Residual(width, activation) for _ in range(depth)]
+    return with_norm(nn.Sequential(first, *blocks, nn.BatchNorm1d(width), nn.Linear(width, NUM_CLASSES)), arm)
+
+
 def resnet(arm: str) -> nn.Module:
     """Build the small ResNet of setting R; its convolutions start as He's, so that it also learns without norm."""
     net = ResNet8(NUM_CLASSES)

@@ -1,25 +1,27 @@
 """The report as one self-contained HTML page, with its plots as files beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiment.claims import plots, selection
 from experiment.claims.algebra import SENTENCES
 from experiment.claims.claim import Claim, Plot
-from experiment.claims.findings import Outcome, find, number
+from experiment.claims.findings import Outcome, corrected_p, find, number
+from experiment.claims.learning import STEPS
 from experiment.claims.names import describe
 from experiment.claims.runs import Row
-from experiment.comparison.formatting import count
+from experiment.comparison.formatting import count, p_text
 from experiment.comparison.statistics import mean_interval
 from experiment.pages.figures import DARK, LIGHT
 from experiment.pages.html import InlineFigure, templates, write_figure
 from experiment.training.atomic_files import write_file
 
 TEMPLATE = "page.html.jinja"
+Command = Callable[[str | None], str]
 
 
 def write_report(
-    claims: Sequence[Claim], seeds: Sequence[int] | None, rows: Mapping[str, Row], folder: Path, command: str
+    claims: Sequence[Claim], seeds: Sequence[int] | None, rows: Mapping[str, Row], folder: Path, command: Command
 ) -> list[Outcome]:
     """Write `index.html` and `plots/` into `folder`; equal rows give equal files.
 
@@ -28,7 +30,7 @@ def write_report(
         seeds: Of the results; None for each claim's own.
         rows: All rows by name, of these claims and others.
         folder: Made if it is not there.
-        command: That runs all of it.
+        command: Gives the command that runs some claims, by their names, or with None all of this page.
 
     Returns:
         What was found for each claim.
@@ -46,9 +48,12 @@ def write_report(
             tables={outcome.claim.name: _table(outcome) for outcome in outcomes},
             selection_seeds=selection.SEEDS,
             command=command,
+            settings_steps=STEPS,
             describe=describe,
             number=number,
+            p_text=p_text,
             count=count,
+            corrected=corrected_p(outcomes),
             minutes=round(sum(row["seconds"] for row in rows.values()) / 60),
             versions=sorted({f"{name} {version}" for row in used for name, version in row["versions"].items()}),
         )

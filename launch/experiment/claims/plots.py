@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from experiment.claims.claim import Plot
 from experiment.claims.names import ARMS, describe
@@ -21,7 +21,8 @@ def lines_of(plot: Plot, rows: Sequence[Row]) -> dict[str, Points]:
     found: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         value = row["numbers"].get(plot.y)
-        if value is None or not plot.where.items() <= row["setting"].items():
+        keys = {*plot.lines, *([plot.x] if plot.x else [])}
+        if value is None or not (keys <= set(row["setting"]) and plot.where.items() <= row["setting"].items()):
             continue
         name = describe({key: row["setting"][key] for key in plot.lines})
         x = float(row["setting"][plot.x]) if plot.x else 0.0
@@ -54,14 +55,23 @@ def draw(plot: Plot, rows: Sequence[Row], theme: Theme) -> Figure:
     return figure
 
 
+def _look(index: int, name: str, theme: Theme) -> tuple[str, str]:
+    """Give colour and marker of a line: an arm has the same in all figures."""
+    arms = [i for i, arm in enumerate(ARMS.values()) if arm in name.split(", ")]
+    index = arms[0] if arms else index
+    return theme.colors[index % len(theme.colors)], MARKERS[index % len(MARKERS)]
+
+
 def _draw_lines(axes: Axes, plot: Plot, lines: dict[str, Points], theme: Theme) -> None:
     for index, (name, points) in enumerate(lines.items()):
         xs, means = [x for x, _ in points], [interval.mean for _, interval in points]
         halves = [interval.half or 0.0 for _, interval in points]
-        color = theme.colors[index % len(theme.colors)]
+        color, marker = _look(index, name, theme)
         low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+        if plot.percent:
+            low, high = [max(value, 0.0) for value in low], [min(value, 100.0) for value in high]
         axes.fill_between(xs, low, high, color=color, alpha=0.14, linewidth=0)
-        axes.plot(xs, means, color=color, marker=MARKERS[index % len(MARKERS)], label=name, linewidth=1.6)
+        axes.plot(xs, means, color=color, marker=marker, label=name, linewidth=1.6)
     intervals = [interval for points in lines.values() for _, interval in points]
     values = [interval.mean for interval in intervals]
     if min(values, default=0.0) >= 0:
@@ -78,13 +88,13 @@ def _draw_lines(axes: Axes, plot: Plot, lines: dict[str, Points], theme: Theme) 
 
 def _draw_points(axes: Axes, plot: Plot, lines: dict[str, Points], theme: Theme) -> None:
     for index, (name, [(_, interval)]) in enumerate(lines.items()):
-        color = theme.colors[index % len(theme.colors)]
-        marker = MARKERS[index % len(MARKERS)]
+        color, marker = _look(index, name, theme)
         axes.errorbar([interval.mean], [name], xerr=[interval.half or 0.0], fmt=marker, color=color, capsize=4)
     axes.invert_yaxis()
     axes.margins(y=0.15)
     if plot.log_y and all(interval.mean > 0 for [(_, interval)] in lines.values()):
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.set_xlabel(plot.y_label)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from experiment.claims.activations import SIGMOID_AND_TANH
 from experiment.claims.batches import NOISE_REGULARIZES, SMALL_BATCHES
 from experiment.claims.claim import Claim
-from experiment.claims.initialization import GRADIENTS, INITIALIZATION
+from experiment.claims.gradients import GRADIENTS
+from experiment.claims.initialization import INITIALIZATION
 from experiment.claims.rates import CONVERGES_FASTER, LARGER_RATES
 from experiment.claims.recurrent import RECURRENT
 from experiment.claims.regularization import DROPOUT_AND_DECAY

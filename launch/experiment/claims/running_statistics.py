@@ -2,19 +2,21 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import syncbn
 from experiment.claims import images, learning, networks
 from experiment.claims.claim import Claim, Part, Plot
-from experiment.claims.runs import Numbers, Run
+from experiment.claims.runs import Numbers, Run, Value, grid
 from experiment.claims.training import Recipe
 from experiment.claims.verdicts import Rule
 
-NUM_CHANNELS, BATCH, MEAN, STD, MOMENTUM = 4096, 8, 1.0, 2.0, 0.1
-WITHIN = Rule("within", 1.0, "%")
+NUM_CHANNELS, MEAN, STD, MOMENTUM = 4096, 1.0, 2.0, 0.1
+BATCH = 8  # draws
+SIZES = (8, 32, 128)  # images of a step of SGD
 
 
 def _draws(num_batches: int, momentum: float | None) -> nn.BatchNorm1d:
@@ -33,7 +35,7 @@ def _of_layer(layer: nn.BatchNorm1d) -> Numbers:
     return {"mean_bias": 100 * (mean / MEAN - 1), "var_bias": 100 * (var / STD**2 - 1)}
 
 
-def _textbook(num_batches: int) -> Numbers:
+def _biased(num_batches: int) -> Numbers:
     """Average the biased variances of batches, as textbooks and Keras do."""
     mean, var = torch.zeros(NUM_CHANNELS), torch.ones(NUM_CHANNELS)
     for _ in range(num_batches):
@@ -45,32 +47,49 @@ def _textbook(num_batches: int) -> Numbers:
 
 
 def _trained(run: Run) -> Numbers:
-    """Compare the running variances of a trained network with those of all training images by the last weights."""
+    """Compare the running statistics of a trained network with those of all training images in one batch."""
     data = images.digits()
-    net = learning.learn(run, lambda: networks.mlp("bn"), data, Recipe(0.03))[0]
+    net = learning.learn(run, lambda: networks.mlp("bn"), data, Recipe(0.03, batch_size=run["size"]))[0]
     layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm1d)]
-    running = torch.cat([layer.running_var.clone() for layer in layers if layer.running_var is not None])
-    syncbn.update_bn_stats(net, data.train.images.split(32))  # type: ignore[no-untyped-call]
-    exact = torch.cat([layer.running_var for layer in layers if layer.running_var is not None])
-    ratios = (running / exact).log()[exact > 1e-12].tolist()
-    return {"var_bias": 100 * math.expm1(statistics.fmean(ratios))}
+    mean, var = _statistics_of(layers)
+    syncbn.update_bn_stats(net, [data.train.images])
+    exact_mean, exact_var = _statistics_of(layers)
+    is_alive = exact_var > 1e-12
+    ratios = (var / exact_var).log()[is_alive].tolist()
+    shifts = ((mean - exact_mean) / exact_var.sqrt())[is_alive].tolist()
+    return {"mean_bias": 100 * statistics.fmean(shifts), "var_bias": 100 * math.expm1(statistics.fmean(ratios))}
+
+
+def _statistics_of(layers: Sequence[nn.BatchNorm1d]) -> tuple[Tensor, Tensor]:
+    """Join copies of the running means and variances."""
+    means = [layer.running_mean for layer in layers if layer.running_mean is not None]
+    variances = [layer.running_var for layer in layers if layer.running_var is not None]
+    return torch.cat(means), torch.cat(variances)
 
 
 def _measure(run: Run) -> Numbers:
     torch.manual_seed(run.seed)
-    how, num_batches = run["how"], run["batches"]
+    how = run["how"]
     if how == "trained":
         return _trained(run)
-    if how == "textbook":
-        return _textbook(num_batches)
-    return _of_layer(_draws(num_batches, None if how == "exact" else MOMENTUM))
+    num_batches = run["batches"]
+    if how == "biased":
+        return _biased(num_batches)
+    return _of_layer(_draws(num_batches, None if how == "average" else MOMENTUM))
 
 
-def _part(sentence: str, how: str, num_batches: int) -> Part:
-    quantity = "relative bias of the running variance, mean over channels"
-    return Part(
-        f"{how} {num_batches}", sentence, quantity, WITHIN, lambda at: at("var_bias", how=how, batches=num_batches)
-    )
+def _part(label: str, sentence: str, what: str = "variance", **setting: Value) -> Part:
+    if setting["how"] == "trained" and what == "mean":
+        quantity = "bias of the running mean over the standard deviation, mean over channels"
+    else:
+        quantity = f"relative bias of the running {what}, mean over channels"
+    name = "mean_bias" if what == "mean" else "var_bias"
+    return Part(label, sentence, quantity, Rule("within", 1.0, "%"), lambda at: at(name, **setting))
+
+
+def _trained_part(size: int) -> Part:
+    sentence = f"torch's moving average in a network after training with batches of {size}"
+    return _part(f"trained with {size} images", sentence, how="trained", size=size)
 
 
 RUNNING_STATISTICS = Claim(
@@ -81,25 +100,31 @@ RUNNING_STATISTICS = Claim(
     "start fades with the number of batches",
     setup=(
         "Batches of 8 draws from a normal distribution with mean 1 and standard deviation 2, in 4096 channels; "
-        "momentum 0.1, running variance 1 at the start. And the network of S after training at rate 0.03, against "
-        "the variances of all training images with the final weights (geometric mean of the ratios)."
+        "momentum 0.1, running variance 1 at the start. And the network of S after 400 steps of 8, 32 and 128 images "
+        "at rate 0.03, against the statistics of all training images in one batch with the final weights (geometric "
+        "mean of the ratios of variances): behind another BatchNorm the values of a batch depend on each other."
     ),
     parts=(
-        _part("torch's average over all batches (momentum=None), 200 batches", "exact", 200),
-        _part("torch's moving average, 200 batches", "moving", 200),
-        _part("torch's moving average, 20 batches", "moving", 20),
-        _part("A moving average of the batches' biased variances, 200 batches", "textbook", 200),
-        _part("torch's moving average in a network after training", "trained", 400),
+        _part("mean", "torch's moving average of the mean, 200 batches", "mean", how="moving", batches=200),
+        _part("average", "torch's average over all (momentum=None), 200 batches", how="average", batches=200),
+        _part("moving average", "torch's moving average, 200 batches", how="moving", batches=200),
+        _part("after 20 batches", "torch's moving average, 20 batches", how="moving", batches=20),
+        _part("without Bessel", "A moving average of the biased variances, 200 batches", how="biased", batches=200),
+        _part("mean, trained with 32", "torch's in a network after training", "mean", how="trained", size=32),
+        *(_trained_part(size) for size in SIZES),
     ),
     settings=(
-        {"how": "exact", "batches": 200},
+        {"how": "average", "batches": 200},
         {"how": "moving", "batches": 200},
         {"how": "moving", "batches": 20},
-        {"how": "textbook", "batches": 200},
-        {"how": "trained", "batches": 400},
+        {"how": "biased", "batches": 200},
+        *grid(how=("trained",), size=SIZES),
     ),
     measure=_measure,
     columns={"var_bias": "bias of the variance, %", "mean_bias": "bias of the mean, %"},
-    plots=(Plot("Relative bias of the running variance", "var_bias", "bias, %", lines=("how", "batches")),),
+    plots=(
+        Plot("Draws: the running variance", "var_bias", "bias, %", lines=("how", "batches")),
+        Plot("Networks: the running variance", "var_bias", "bias, %", lines=("how", "size")),
+    ),
     seeds=tuple(range(10)),
 )

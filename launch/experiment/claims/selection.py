@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from statistics import fmean
 
+from experiment.claims import training
 from experiment.claims.claim import Claim
 from experiment.claims.runs import Row, Run, Setting
 
@@ -35,6 +36,12 @@ class Choice:
     def edges(self) -> tuple[float, float]:
         """The smallest and largest rate tried."""
         return min(self.errors), max(self.errors)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the network learned at the chosen rate."""
+        error = None if self.rate is None else self.errors[self.rate]
+        return error is not None and error <= training.LEARNS
 
     @property
     def is_at_edge(self) -> bool:

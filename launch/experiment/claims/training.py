@@ -13,6 +13,7 @@ from experiment.claims.images import Split
 from experiment.training.schedule import warmup_cosine
 
 CHANCE = 0.9  # error of a network that has diverged: one class of ten is right
+LEARNS = 0.5  # error of a network that has learned something, at most
 EVAL_BATCH = 500
 Around = Callable[[int, nn.Module, Tensor], AbstractContextManager[object]]  # step, network, images
 
@@ -27,6 +28,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 0.0  # of parameters with more than one dimension
     warmup: float = 0.1  # part of the steps
+    normalize_all: bool = False  # let every step normalize with the statistics of all training images
 
 
 def train(net: nn.Module, split: Split, recipe: Recipe, seed: int, around: Around | None = None) -> list[float]:
@@ -47,7 +49,8 @@ def train(net: nn.Module, split: Split, recipe: Recipe, seed: int, around: Aroun
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * warmup_cosine(step, recipe.num_steps, recipe.warmup)
         with around(step, net, images) if around else nullcontext():
-            loss = F.cross_entropy(net(images), labels)
+            outputs = net(split.images)[indices] if recipe.normalize_all else net(images)
+            loss = F.cross_entropy(outputs, labels)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 break

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from experiment.comparison.statistics import Interval
+from scipy import stats
+
+from experiment.comparison.statistics import CONFIDENCE, SIGNIFICANCE, Interval, seeds_to_settle
 
 SHOWN, REFUTED, OPEN, HALF = "shown", "refuted here", "open", "half true"
 
@@ -17,11 +19,41 @@ class Rule:
     and refuted here if the whole interval is smaller: an effect on the other side, or one within the margin.
     `within`: the claim says that the quantity lies between `-threshold` and `threshold`. It is shown if the whole
     interval does, and refuted here if the whole interval lies outside, on one side.
+
+    A quantity that is known in steps only, such as a rate of a grid, has an interval of at least `resolution` on
+    either side: half of a step.
     """
 
     kind: Literal["above", "within"]
     threshold: float
     unit: str
+    resolution: float = 0.0
+
+    def widen(self, interval: Interval) -> Interval:
+        """Make an interval as wide as the resolution."""
+        half = None if interval.half is None else max(interval.half, self.resolution)
+        return Interval(interval.mean, half, interval.n)
+
+    def p_value(self, interval: Interval | None) -> float | None:
+        """Test whether the mean equals the threshold, or the nearer one of `within`: two-sided, by Student's t."""
+        if interval is None or interval.half is None:
+            return None
+        distance = abs(self._from_threshold(interval))
+        if interval.half == 0:
+            return 2.0 ** (1 - interval.n) if distance else 1.0  # the sign test
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, interval.n - 1))
+        return float(2 * stats.t.sf(distance * quantile / interval.half, interval.n - 1))
+
+    def seeds_needed(self, interval: Interval | None) -> int | None:
+        """Tell how many seeds would decide with a probability of 80 %, if mean and spread are those found."""
+        if interval is None or interval.half is None:
+            return None
+        distance = self._from_threshold(interval)
+        return seeds_to_settle(Interval(distance, interval.half, interval.n), SIGNIFICANCE, margin=0.0)
+
+    def _from_threshold(self, interval: Interval) -> float:
+        mean = abs(interval.mean) if self.kind == "within" else interval.mean
+        return mean - self.threshold
 
     def judge(self, interval: Interval | None) -> str:
         """Give the verdict; open without an interval."""
