@@ -1,6 +1,6 @@
 """Put sentences of textbooks about BatchNorm to the test, and report which hold as one page.
 
-    python launch/claims.py                                # all: about three quarters of an hour of one core
+    python launch/claims.py                                # all: about two hours of one core
     python launch/claims.py 'claims=[sigmoid_and_tanh]'    # some
     python launch/claims.py 'claims=[small_batches]' 'seeds=[0,1,2,3,4,5,6,7]' jobs=2
 
