@@ -431,7 +431,7 @@ def test_a_seed_without_a_number_leaves_its_part_open():
 
     def number(name, setting, seed):
         is_bn = setting["arm"] == "bn"
-        return {"reached": float(is_bn or seed != 10), "steps": 100 if is_bn else 300}.get(name, 0.1)
+        return {"reached": float(not is_bn or seed != 10), "steps": 100 if is_bn else 300}.get(name, 0.1)
 
     found = find(claim, claim.seeds, made_up_rows(claim, number)).findings
     assert [(finding.verdict, finding.num_left_out, finding.seeds_needed) for finding in found] == [
