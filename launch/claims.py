@@ -25,11 +25,11 @@ from experiment.claims.claim import Claim
 from experiment.claims.execute import execute_all, made_with
 from experiment.claims.findings import Outcome
 from experiment.claims.registry import pick
-from experiment.claims.selection import wanted
+from experiment.claims.selection import SEEDS, wanted
 from experiment.comparison.results_file import Results
 from experiment.training.known_warnings import ignore_known_warnings
 
-GRID = {"claims": 2}  # raise it when the experiments change: results of others are then refused
+GRID = {"claims": 3}  # raise it when the experiments change: results of others are then refused
 
 
 def num_jobs(given: object) -> int:
@@ -40,6 +40,16 @@ def num_jobs(given: object) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise ValueError(f"expected jobs to be a number of runs, at least 1, got {given!r}")
     return given
+
+
+def seeds_of_results(given: Sequence[int] | None) -> list[int] | None:
+    """Check the seeds that were asked for; None for each claim's own."""
+    if not given:
+        return None
+    seeds = [int(seed) for seed in given]
+    if len(set(seeds)) < len(seeds) or set(seeds) & set(SEEDS):
+        raise ValueError(f"expected seeds that differ, and none of {SEEDS}, which choose rates; got {seeds}")
+    return seeds
 
 
 def check_versions(results: Results) -> None:
@@ -86,7 +96,7 @@ def main(config: DictConfig) -> None:
     """Run what is missing, then report."""
     ignore_known_warnings()
     console = Console()
-    claims, seeds = pick(config.claims), config.seeds and [int(seed) for seed in config.seeds]
+    claims, seeds = pick(config.claims), seeds_of_results(config.seeds)
     folder, jobs = Path(str(config.output_dir)), num_jobs(config.jobs)
     with Results(folder / "results.jsonl", GRID, made_with()) as results:
         for note in results.notes:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_claims import made_up_rows
+from claim_rows import made_up_rows
 from test_comparison_page import browse, measure  # noqa: F401
 
 from experiment.claims import page
@@ -49,6 +49,15 @@ def test_the_page_says_what_it_must(tmp_path):
             assert text.index(str(finding.part.rule)) < text.index(f"{finding.limits}</td>")
             assert finding.estimate in text
         assert f"claims=[{claim.name}]" in text
+        assert f"corrected by Holm for all {2 + 4} parts" in text
+        for finding in outcome.findings:
+            row = text[text.index(f'<tr><th scope="row">{finding.part.label}</th>') :].partition("</tr>")[0]
+            n, left_out = finding.interval.n, finding.num_left_out
+            note = f" ({left_out} without a number)" if left_out else ""
+            needed = finding.seeds_needed
+            note = f" (about {needed} would decide)" if needed and not left_out else note
+            assert f'data-name="n">{n}{note}</td>' in row
+            assert re.search(r'data-name="p, corrected">(< )?[01]\.\d{3}</td>', row)
         for choice in outcome.choices:
             assert f'<td class="number">{choice.rate:g}</td>' in text
     assert "ValueError: &lt;b&gt;" in page_text

@@ -40,7 +40,7 @@ SMALL_BATCHES = Claim(
             Rule("above", 1.0, "points"),
             partial(_points, batch=batch),
         )
-        for batch in (16, 8, 4, 2, 1)
+        for batch in (8, 4, 2, 1)
     ),
     settings=tuple(grid(batch=(FULL, 16, 8, 4, 2, 1))),
     measure=_small,

@@ -81,6 +81,7 @@ class Claim:
     measure: Callable[[Run], Numbers]
     columns: dict[str, str]
     plots: tuple[Plot, ...]
+    needs_all: bool = False  # one part that is refuted refutes the sentence
     remark: str = ""  # what was seen only afterwards, and decides nothing
     seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
     rates: tuple[float, ...] | Callable[[Setting], tuple[float, ...]] = ()

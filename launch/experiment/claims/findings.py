@@ -19,6 +19,8 @@ class Finding:
     part: Part
     interval: Interval | None
     verdict: str
+    p_value: float | None  # of the rule, not corrected
+    seeds_needed: int | None  # about how many would decide an open part; None if it is not open, or no number would
     num_left_out: int  # seeds without the number, since a run failed or gave none
 
     @property
@@ -30,12 +32,6 @@ class Finding:
         if self.interval.half is None:
             return f"{number(self.interval.mean, sign=True)} {unit} (n = 1)"
         return f"{number(self.interval.mean, sign=True)} ± {number(self.interval.half)} {unit}"
-
-    @property
-    def seeds_needed(self) -> int | None:
-        """About how many seeds would decide an open part; None if it is not open, or no number would."""
-        is_open = self.verdict == OPEN and not self.num_left_out
-        return self.part.rule.seeds_needed(self.interval) if is_open else None
 
     @property
     def limits(self) -> str:
@@ -60,7 +56,7 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """The verdict of the sentence."""
-        return whole([finding.verdict for finding in self.findings])
+        return whole([finding.verdict for finding in self.findings], needs_all=self.claim.needs_all)
 
     @property
     def line(self) -> str:
@@ -100,15 +96,18 @@ def _judge(part: Part, rows: Sequence[Row], seeds: Sequence[int]) -> Finding:
             values.append(part.value(At(rows, seed)))
         except LookupError:
             continue
-    interval = part.rule.widen(mean_interval(values)) if values else None
-    is_whole = len(values) == len(seeds)  # seeds without a number may be those that would decide otherwise
-    return Finding(part, interval, part.rule.judge(interval) if is_whole else OPEN, len(seeds) - len(values))
+    rule, num_left_out = part.rule, len(seeds) - len(values)
+    by_student = mean_interval(values) if values else None
+    interval = None if by_student is None else rule.widen(by_student)
+    verdict = OPEN if num_left_out else rule.judge(interval)  # those left out may be those that would decide otherwise
+    needed = rule.seeds_needed(by_student) if verdict == OPEN and not num_left_out else None
+    return Finding(part, interval, verdict, rule.p_value(by_student), needed, num_left_out)
 
 
 def corrected_p(outcomes: Sequence[Outcome]) -> list[list[float | None]]:
     """Give the p value of every part, by outcome, corrected by Holm for the number of all of them."""
     found = [finding for outcome in outcomes for finding in outcome.findings]
-    p_values = iter(holm([finding.part.rule.p_value(finding.interval) for finding in found], len(found)))
+    p_values = iter(holm([finding.p_value for finding in found], len(found)))
     return [list(islice(p_values, len(outcome.findings))) for outcome in outcomes]
 
 

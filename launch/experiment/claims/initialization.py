@@ -1,12 +1,11 @@
 """The claim that BatchNorm makes training less sensitive to the initial weights."""
 
-from experiment.claims import learning, networks
+from experiment.claims import learning, networks, training
 from experiment.claims.claim import At, Claim, Part, Plot
 from experiment.claims.runs import Numbers, Run, Setting, Value, grid
 from experiment.claims.verdicts import Rule
 
 WORKS = 0.1  # of error: training has worked
-ROUNDING = 1e-6  # errors are numbers of float32
 SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DEPTHS = (5, 10, 20, 40)
 ARMS = ("none", "bn", "ln")
@@ -18,7 +17,7 @@ def _initial(run: Run) -> Numbers:
 
 def _tuned_at(setting: Setting) -> Setting:
     """Say where the rate is tuned: at the usual depth and scale, or at its own."""
-    return setting if setting["rate"] == "its own" else {**setting, "depth": 5, "scale": 1.0}
+    return setting if setting["tuned"] == "for each" else {**setting, "depth": 5, "scale": 1.0}
 
 
 def _errors(at: At, arm: str, axis: str, **fixed: Value) -> list[float]:
@@ -29,7 +28,7 @@ def _errors(at: At, arm: str, axis: str, **fixed: Value) -> list[float]:
 
 
 def _num_working(at: At, arm: str, axis: str, **fixed: Value) -> int:
-    return sum(error <= WORKS + ROUNDING for error in _errors(at, arm, axis, **fixed))
+    return sum(error <= WORKS + training.ROUNDING for error in _errors(at, arm, axis, **fixed))
 
 
 def _more_working(label: str, axis: str, name: str, **fixed: Value) -> Part:
@@ -37,13 +36,13 @@ def _more_working(label: str, axis: str, name: str, **fixed: Value) -> Part:
         label,
         f"With BatchNorm training works at more {name}.",
         f"number of {name} with a test error of at most 10 %, with BatchNorm less without norm",
-        Rule("above", 0.5, f"{axis}s", resolution=0.5),
+        Rule("above", 0.5, f"{axis}s"),
         lambda at: _num_working(at, "bn", axis, **fixed) - _num_working(at, "none", axis, **fixed),
     )
 
 
 def _spread(at: At, arm: str) -> float:
-    errors = _errors(at, arm, "scale", depth=5, rate="usual")
+    errors = _errors(at, arm, "scale", depth=5, tuned="at the usual")
     return 100 * (max(errors) - min(errors))
 
 
@@ -58,7 +57,7 @@ INITIALIZATION = Claim(
         "did not tune for the change; for the factors, no norm and BatchNorm also have the best rate of each."
     ),
     parts=(
-        _more_working("scales", "scale", "scales of the initial weights", depth=5, rate="usual"),
+        _more_working("scales", "scale", "scales of the initial weights", depth=5, tuned="at the usual"),
         Part(
             "spread over scales",
             "With BatchNorm the test errors at these scales differ less.",
@@ -66,13 +65,13 @@ INITIALIZATION = Claim(
             Rule("above", 1.0, "points"),
             lambda at: _spread(at, "none") - _spread(at, "bn"),
         ),
-        _more_working("scales, rates retuned", "scale", "scales, with the best rate of each", depth=5, rate="its own"),
-        _more_working("depths", "depth", "depths", scale=1.0, rate="usual"),
+        _more_working("scales, rates retuned", "scale", "scales, each at its best rate,", depth=5, tuned="for each"),
+        _more_working("depths", "depth", "depths", scale=1.0, tuned="at the usual"),
     ),
     settings=(
-        *grid(arm=ARMS, depth=(5,), scale=SCALES, rate=("usual",)),
-        *grid(arm=ARMS, depth=DEPTHS[1:], scale=(1.0,), rate=("usual",)),
-        *grid(arm=("none", "bn"), depth=(5,), scale=SCALES, rate=("its own",)),
+        *grid(arm=ARMS, depth=(5,), scale=SCALES, tuned=("at the usual",)),
+        *grid(arm=ARMS, depth=DEPTHS[1:], scale=(1.0,), tuned=("at the usual",)),
+        *grid(arm=("none", "bn"), depth=(5,), scale=SCALES, tuned=("for each",)),
     ),
     measure=_initial,
     columns={"test_error": "test error, %", "train_error": "train error, %"},
@@ -83,7 +82,7 @@ INITIALIZATION = Claim(
             "test error, %",
             x="scale",
             x_label="factor of the initial weights",
-            where={"depth": 5, "rate": "usual"},
+            where={"depth": 5, "tuned": "at the usual"},
             percent=True,
         ),
         Plot(
@@ -92,7 +91,7 @@ INITIALIZATION = Claim(
             "test error, %",
             x="scale",
             x_label="factor of the initial weights",
-            where={"depth": 5, "rate": "its own"},
+            where={"depth": 5, "tuned": "for each"},
             percent=True,
         ),
         Plot(
@@ -101,7 +100,7 @@ INITIALIZATION = Claim(
             "test error, %",
             x="depth",
             x_label="hidden layers",
-            where={"scale": 1.0, "rate": "usual"},
+            where={"scale": 1.0, "tuned": "at the usual"},
             percent=True,
         ),
     ),

@@ -8,10 +8,10 @@ ARMS = {
     "ln": "LayerNorm",
     "gn": "GroupNorm",
     "noisy_bn": "BatchNorm with noise",
-    "bn_shared": "BatchNorm, shared",
+    "bn_shared": "BatchNorm for all steps",
     "bn_input": "BatchNorm on inputs",
     "bn_per_step": "BatchNorm per step",
-    "bn_separate": "BatchNorm per step, apart",
+    "bn_separate": "BatchNorm per step apart",
 }
 WITHOUT_NAME = ("arm", "activation", "how")
 

@@ -36,6 +36,7 @@ def write_report(
         What was found for each claim.
     """
     outcomes = [find(claim, seeds or claim.seeds, rows) for claim in claims]
+    names = {name for claim in claims for name in (claim.name, claim.tuned_by)}
     used = [row for outcome in outcomes for row in outcome.rows]
     page = (
         templates(Path(__file__).parent)
@@ -54,7 +55,7 @@ def write_report(
             p_text=p_text,
             count=count,
             corrected=corrected_p(outcomes),
-            minutes=round(sum(row["seconds"] for row in rows.values()) / 60),
+            minutes=round(sum(row["seconds"] for row in rows.values() if row["claim"] in names) / 60),
             versions=sorted({f"{name} {version}" for row in used for name, version in row["versions"].items()}),
         )
     )
@@ -97,6 +98,7 @@ def _mean(rows: Sequence[Row], name: str, percent: bool) -> str:
     factor = 100 if percent and name.endswith("_error") else 1
     values = [factor * row["numbers"][name] for row in rows if row["numbers"].get(name) is not None]
     if not values:
-        return ""
-    interval = mean_interval(values)
-    return number(interval.mean) if interval.half is None else f"{number(interval.mean)} ± {number(interval.half)}"
+        return "not finite"
+    interval, note = mean_interval(values), "" if len(values) == len(rows) else f" (n = {len(values)})"
+    half = "" if interval.half is None else f" ± {number(interval.half)}"
+    return f"{number(interval.mean)}{half}{note}"

@@ -9,21 +9,21 @@ from experiment.claims.runs import Numbers, Run, Setting, grid
 from experiment.claims.verdicts import Rule
 
 NEAR = 0.02  # of error: as good as the arm's best
-ROUNDING = 1e-6  # errors are numbers of float32
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LEVEL = {"S": 0.1, "R": 1.0}  # training loss to reach
 
 
 def _rate_runs(run: Run) -> Numbers:
-    numbers = learning.learn_in(run["data"], run, run["arm"], run["rate"])[1]
+    numbers = learning.learn_in("S", run, run["arm"], run["rate"])[1]
     return {name: numbers[name] for name in ("validate_error", "train_error")}
 
 
 def _largest(at: At, arm: str) -> float:
     """Find the largest rate whose error is within 2 points of the arm's best."""
     errors = at.along("rate", "validate_error", arm=arm)
-    if not errors or min(errors.values()) > training.LEARNS:
-        raise LookupError(f"{arm} learns at no rate")
-    return max(rate for rate, error in errors.items() if error <= min(errors.values()) + NEAR + ROUNDING)
+    if len(errors) < len(RATES) or min(errors.values()) > training.LEARNS:
+        raise LookupError(f"{arm} learns at no rate, or not all rates have a result")
+    return max(rate for rate, error in errors.items() if error <= min(errors.values()) + NEAR + training.ROUNDING)
 
 
 def _gain(at: At) -> float:
@@ -44,16 +44,14 @@ LARGER_RATES = Claim(
     ),
     parts=(
         Part(
-            "BatchNorm",
+            "usable rate",
             "The largest usable rate is larger with BatchNorm.",
             "log10 of (largest usable rate with BatchNorm / without norm)",
-            Rule("above", 0.25, "decades", resolution=0.25),
+            Rule("above", 0.3, "decades", resolution=0.25),
             _gain,
         ),
     ),
-    settings=tuple(
-        grid(data=("S",), arm=("none", "bn", "ln", "gn"), rate=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
-    ),
+    settings=tuple(grid(arm=("none", "bn", "ln", "gn"), rate=RATES)),
     measure=_rate_runs,
     columns={"validate_error": "validation error, %", "train_error": "train error, %"},
     plots=(
@@ -67,6 +65,7 @@ LARGER_RATES = Claim(
         ),
     ),
     seeds=tuple(range(20, 30)),
+    remark="The threshold was 0.25 at first, with which no difference could refute. The verdict is the same.",
 )
 
 
@@ -98,9 +97,10 @@ CONVERGES_FASTER = Claim(
     source="Ioffe & Szegedy 2015, section 4.2",
     literature="half true: a smoother loss (Santurkar et al. 2018), but the gap shrinks where rates are tuned (Fixup)",
     setup=(
-        "No norm against BatchNorm, in S also LayerNorm, each at its own best rate. Steps until the mean training "
-        "loss of 20 steps is 0.1 in S (of 400) and 1 in R (of 1311, three epochs). A run without norm that never "
-        "reaches it counts with all its steps, so that BatchNorm saves at least what is said; with BatchNorm, such a "
+        "No norm against BatchNorm, in S also LayerNorm, each at its own best rate, which is that of the "
+        "smallest error in the end, and perhaps not the fastest. Steps until the mean training loss of 20 "
+        "steps is 0.1 in S (of 400) and 1 in R (of 1311, three epochs). A run without norm that never reaches "
+        "it counts with all its steps, so that BatchNorm saves at least what is said; with BatchNorm, such a "
         "seed has no number."
     ),
     parts=tuple(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from experiment.claims import images, learning
 from experiment.claims.claim import At, Claim, Part, Plot
+from experiment.claims.names import ARMS
 from experiment.claims.networks import NUM_CLASSES
 from experiment.claims.runs import Numbers, Run, grid
 from experiment.claims.training import Recipe
@@ -95,6 +96,10 @@ def _norms(arm: str) -> dict[str, nn.Module]:
         "ln": nn.LayerNorm,
         "gn": partial(nn.GroupNorm, 8),
     }
+    if arm == "bn_shared":  # moves once per step: as slowly per image as the others
+        shared = nn.BatchNorm1d(NUM_UNITS, momentum=0.1 / NUM_STEPS)
+        nn.init.constant_(shared.weight, SMALL_WEIGHT)
+        return {"sum": EveryStep(shared)}
     return {"sum": EveryStep(norms[arm](NUM_UNITS))} if arm in norms else {}
 
 
@@ -123,7 +128,7 @@ FORMS = {
     "bn_shared": ("shared statistics", "with one set of statistics for all time steps"),
     "bn_input": ("on inputs", "on the inputs alone"),
     "bn_per_step": ("per step", "with statistics per time step, on the sum"),
-    "bn_separate": ("per step, apart", "with statistics per time step, on input and state apart"),
+    "bn_separate": ("per step apart", "with statistics per time step, on input and state apart"),
 }
 
 RECURRENT = Claim(
@@ -132,16 +137,17 @@ RECURRENT = Claim(
     source="textbooks; Ba et al. 2016, section 1",
     literature="true for shared statistics (Laurent et al. 2016), not for statistics per step (Cooijmans et al. 2017)",
     setup=(
-        "The digits of S as 16 steps of 4 pixels, read by a tanh network of 64 units: no norm, BatchNorm in four "
-        "forms, LayerNorm and GroupNorm, each at its own best rate. Beside the test error stands that with the "
-        "statistics of all 500 test images, as in training: where it is small, training succeeded and only the "
-        "running statistics are wrong."
+        "The digits of S as 16 steps of 4 pixels, read by a tanh network of 64 units: no norm, BatchNorm in "
+        "four forms, LayerNorm and GroupNorm, each at its own best rate. BatchNorm within the recurrence "
+        "starts with weights of 0.1 (Cooijmans et al. 2017); with statistics for all steps its momentum is "
+        "0.1 / 16. Beside the test error stands that with the statistics of all 500 test images, as in "
+        "training: where it is small, training succeeded and only the running statistics are wrong."
     ),
     parts=tuple(
         Part(
             label,
             f"BatchNorm {how} is worse than no norm.",
-            f"test error of {arm} less that of none",
+            f"test error of {ARMS[arm]} less that of no norm",
             Rule("above", 1.0, "points"),
             partial(_worse, arm=arm),
         )
@@ -158,6 +164,7 @@ RECURRENT = Claim(
         Plot("Test error", "test_error", "test error, %", log_y=True, percent=True),
         Plot("With the statistics of the test images", "batch_error", "test error, %", log_y=True, percent=True),
     ),
+    remark="With a momentum of 0.1 per step and weights of 1, one set of statistics was worse still (34 % of error).",
     seeds=tuple(range(20, 30)),
     rates=(0.01, 0.03, 0.1),
 )

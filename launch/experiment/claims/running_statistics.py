@@ -10,13 +10,17 @@ from torch import Tensor, nn
 import syncbn
 from experiment.claims import images, learning, networks
 from experiment.claims.claim import Claim, Part, Plot
-from experiment.claims.runs import Numbers, Run, Value, grid
+from experiment.claims.runs import Numbers, Run, Setting, grid
 from experiment.claims.training import Recipe
 from experiment.claims.verdicts import Rule
 
 NUM_CHANNELS, MEAN, STD, MOMENTUM = 4096, 1.0, 2.0, 0.1
 BATCH = 8  # draws
 SIZES = (8, 32, 128)  # images of a step of SGD
+AVERAGE: Setting = {"how": "average", "batches": 200}
+MOVING: Setting = {"how": "moving", "batches": 200}
+START: Setting = {"how": "moving", "batches": 20}
+BIASED: Setting = {"how": "biased", "batches": 200}
 
 
 def _draws(num_batches: int, momentum: float | None) -> nn.BatchNorm1d:
@@ -78,18 +82,17 @@ def _measure(run: Run) -> Numbers:
     return _of_layer(_draws(num_batches, None if how == "average" else MOMENTUM))
 
 
-def _part(label: str, sentence: str, what: str = "variance", **setting: Value) -> Part:
-    if setting["how"] == "trained" and what == "mean":
-        quantity = "bias of the running mean over the standard deviation, mean over channels"
-    else:
-        quantity = f"relative bias of the running {what}, mean over channels"
+def _part(label: str, sentence: str, what: str = "variance", *, setting: Setting) -> Part:
+    quantity = f"relative bias of the running {what}, mean over channels"
+    if setting["how"] == "trained":
+        quantity = "ratio of the running variance to the exact one, less 1: geometric mean over channels that vary"
     name = "mean_bias" if what == "mean" else "var_bias"
     return Part(label, sentence, quantity, Rule("within", 1.0, "%"), lambda at: at(name, **setting))
 
 
 def _trained_part(size: int) -> Part:
-    sentence = f"torch's moving average in a network after training with batches of {size}"
-    return _part(f"trained with {size} images", sentence, how="trained", size=size)
+    sentence = f"After training with batches of {size}, torch's moving average of the variance is unbiased."
+    return _part(f"trained with {size} images", sentence, setting={"how": "trained", "size": size})
 
 
 RUNNING_STATISTICS = Claim(
@@ -105,19 +108,18 @@ RUNNING_STATISTICS = Claim(
         "mean of the ratios of variances): behind another BatchNorm the values of a batch depend on each other."
     ),
     parts=(
-        _part("mean", "torch's moving average of the mean, 200 batches", "mean", how="moving", batches=200),
-        _part("average", "torch's average over all (momentum=None), 200 batches", how="average", batches=200),
-        _part("moving average", "torch's moving average, 200 batches", how="moving", batches=200),
-        _part("after 20 batches", "torch's moving average, 20 batches", how="moving", batches=20),
-        _part("without Bessel", "A moving average of the biased variances, 200 batches", how="biased", batches=200),
-        _part("mean, trained with 32", "torch's in a network after training", "mean", how="trained", size=32),
+        _part("mean", "After 200 batches, torch's moving average of the mean is unbiased.", "mean", setting=MOVING),
+        _part("average", "After 200 batches, torch's average of all of them is (momentum=None).", setting=AVERAGE),
+        _part("moving average", "After 200 batches, torch's moving average of the variance is.", setting=MOVING),
+        _part("after 20 batches", "After 20 batches, torch's moving average of the variance is.", setting=START),
+        _part("without Bessel", "After 200 batches, a moving average of biased variances is.", setting=BIASED),
         *(_trained_part(size) for size in SIZES),
     ),
     settings=(
-        {"how": "average", "batches": 200},
-        {"how": "moving", "batches": 200},
-        {"how": "moving", "batches": 20},
-        {"how": "biased", "batches": 200},
+        AVERAGE,
+        MOVING,
+        START,
+        BIASED,
         *grid(how=("trained",), size=SIZES),
     ),
     measure=_measure,

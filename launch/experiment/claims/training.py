@@ -13,6 +13,7 @@ from experiment.claims.images import Split
 from experiment.training.schedule import warmup_cosine
 
 CHANCE = 0.9  # error of a network that has diverged: one class of ten is right
+ROUNDING = 1e-6  # errors are numbers of float32
 LEARNS = 0.5  # error of a network that has learned something, at most
 EVAL_BATCH = 500
 Around = Callable[[int, nn.Module, Tensor], AbstractContextManager[object]]  # step, network, images

@@ -6,6 +6,7 @@ from typing import Literal
 
 from scipy import stats
 
+from experiment.comparison.formatting import MINUS
 from experiment.comparison.statistics import CONFIDENCE, SIGNIFICANCE, Interval, seeds_to_settle
 
 SHOWN, REFUTED, OPEN, HALF = "shown", "refuted here", "open", "half true"
@@ -21,7 +22,7 @@ class Rule:
     interval does, and refuted here if the whole interval lies outside, on one side.
 
     A quantity that is known in steps only, such as a rate of a grid, has an interval of at least `resolution` on
-    either side: half of a step.
+    either side: half of a step. That is less than the threshold, so that no difference at all refutes.
     """
 
     kind: Literal["above", "within"]
@@ -49,6 +50,8 @@ class Rule:
         if interval is None or interval.half is None:
             return None
         distance = self._from_threshold(interval)
+        if abs(distance) <= self.resolution:
+            return None
         return seeds_to_settle(Interval(distance, interval.half, interval.n), SIGNIFICANCE, margin=0.0)
 
     def _from_threshold(self, interval: Interval) -> float:
@@ -69,17 +72,21 @@ class Rule:
     def __str__(self) -> str:
         """State the rule."""
         limit = f"{self.threshold:g} {self.unit.removesuffix('s') if self.threshold == 1 else self.unit}"
-        if self.kind == "above":
-            return f"shown if the interval is wholly above {limit}, refuted here if wholly below, else open"
-        return f"shown if the interval is wholly within ±{limit}, refuted here if wholly outside, else open"
+        floor = f" (at least ±{self.resolution:g})" if self.resolution else ""
+        where = ("wholly above", "wholly below") if self.kind == "above" else ("wholly within ±", "wholly outside")
+        text = f"shown if the interval{floor} is {where[0]} {limit}, refuted here if {where[1]}, else open"
+        return text.replace("± ", "±").replace("-", MINUS)
 
 
-def whole(verdicts: Sequence[str]) -> str:
+def whole(verdicts: Sequence[str], *, needs_all: bool = False) -> str:
     """Join the verdicts of a sentence's parts.
 
-    All shown, or all refuted here: that. Some shown and some refuted here: half true. Otherwise open.
+    All shown, or all refuted here: that. Some shown and some refuted here: half true, but refuted here if the sentence
+    needs all of them. Otherwise open.
     """
     decided = set(verdicts) - {OPEN}
+    if needs_all and REFUTED in decided:
+        return REFUTED
     if len(decided) > 1:
         return HALF
     return OPEN if OPEN in verdicts or not decided else decided.pop()
