@@ -10,7 +10,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
 train: $(READY)
@@ -26,8 +26,9 @@ docs: $(READY)
 test: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not nodes"
+	@$(BIN)/mypy >.venv/mypy.txt 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest -m "not slow and not nodes"; tests=$$?; \
+	wait $$types; types=$$?; cat .venv/mypy.txt; exit $$((tests + types))
 
 .venv/.ready-frameworks: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev,frameworks,parity,mnist]'

@@ -175,6 +175,7 @@ def test_without_a_redundant_bias_training_is_the_same():
     torch.testing.assert_close(net(x), without(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_torchvision_models():
     models = pytest.importorskip("torchvision.models", reason="torchvision does not import beside this torch")
     report = syncbn.audit(models.resnet18(num_classes=10), images(4, 3, 32, 32), 1, 2)

@@ -231,6 +231,7 @@ def test_rows_of_the_layer():
     assert [line[:2] for line in by_case.rows][1] == ["(2,3,4,4)", "channels_last"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(dtype):
     everyone = [name for name in ("plain", *SYNCHRONIZED, "floor") if name != "cpu" or cpu.is_ready()]

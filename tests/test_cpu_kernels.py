@@ -727,13 +727,8 @@ def undecided(patch):
         yield inner
 
 
-@pytest.mark.parametrize(
-    "phase",
-    [
-        "forward_apply",
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("forward_reduce", "backward_reduce", "backward_apply")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["forward_reduce", "forward_apply", "backward_reduce", "backward_apply"])
 def test_wrong_results_are_found(monkeypatch, phase):
     x, right = torch.ones(2, 3), getattr(cpu.CpuKernels, phase)
 

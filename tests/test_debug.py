@@ -254,6 +254,7 @@ def check_alone(rank, world_size):
     return message
 
 
+@pytest.mark.slow
 def test_a_rank_without_the_check_is_named(run):
     assert "rank 1: has not turned the check on, or has not come" in run(check_alone, 2)[0]
 

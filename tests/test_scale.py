@@ -150,7 +150,8 @@ def test_everything_is_measured_and_delayed(hosts):
 
 
 HOLD = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
 sys.path[:0] = {[str(ROOT), str(ROOT / "launch")]!r}
 from experiment.bench.scaling.network import Network
 with Network(2, [0.001]):

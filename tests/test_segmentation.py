@@ -40,12 +40,13 @@ def step(rank, world_size, name, sizes):
     return outputs["out"].detach(), {n: p.grad for n, p in model.module.named_parameters()}, model.module.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
         ("deeplabv3_mobilenet_v3_large", [1, 1]),
-        pytest.param("deeplabv3_mobilenet_v3_large", [1, 2, 1], marks=pytest.mark.slow),
-        pytest.param("deeplabv3_resnet50", [1, 1], marks=pytest.mark.slow),
+        ("deeplabv3_mobilenet_v3_large", [1, 2, 1]),
+        ("deeplabv3_resnet50", [1, 1]),
     ],
     ids=str,
 )
