@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -42,13 +43,15 @@ def num_jobs(given: object) -> int:
     return given
 
 
-def seeds_of_results(given: Sequence[int] | None) -> list[int] | None:
+def seeds_of_results(given: Any) -> list[int] | None:
     """Check the seeds that were asked for; None for each claim's own."""
-    if not given:
+    if given is None:
         return None
-    seeds = [int(seed) for seed in given]
-    if len(set(seeds)) < len(seeds) or set(seeds) & set(SEEDS):
-        raise ValueError(f"expected seeds that differ, and none of {SEEDS}, which choose rates; got {seeds}")
+    seeds = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+    are_numbers = bool(seeds) and all(type(seed) is int for seed in seeds)
+    if not are_numbers or len(set(seeds)) < len(seeds) or set(seeds) & set(SEEDS):
+        kind = f"a list of numbers that differ, and none of {SEEDS}, which choose rates"
+        raise ValueError(f"expected seeds to be {kind}; got {given}, write for example 'seeds=[0,1,2]'")
     return seeds
 
 

@@ -91,6 +91,6 @@ def test_seeds_that_choose_report_nothing():
         assert set(rates) <= set(LADDER)
     assert program.seeds_of_results([3, 4]) == [3, 4]
     assert program.seeds_of_results(None) is None
-    for seeds in ([3, 3], [3, SEEDS[0]]):
-        with pytest.raises(ValueError, match="expected seeds that differ, and none of"):
+    for seeds in ([3, 3], [3, SEEDS[0]], [], 3, "12", [1.5], [True]):
+        with pytest.raises(ValueError, match="expected seeds to be a list of numbers that differ, and none of"):
             program.seeds_of_results(seeds)

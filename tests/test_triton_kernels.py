@@ -101,7 +101,7 @@ SOME = [(*kind, [*TOLERANCE][i % len(TOLERANCE)]) for i, kind in enumerate(SHAPE
 MORE = [(*kind, dtype) for kind in [*SHAPES, *MORE_SHAPES] for dtype in TOLERANCE if (*kind, dtype) not in SOME]
 
 
-LONG = (1, 2, 3, 4, 5)  # of SOME: seconds in the interpreter
+LONG = (1, 3, 4)  # of SOME: seconds in the interpreter
 PHASES = [pytest.param(*case, marks=[pytest.mark.slow] * (i in LONG)) for i, case in enumerate(SOME)]
 
 

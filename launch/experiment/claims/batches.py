@@ -95,9 +95,9 @@ NOISE_REGULARIZES = Claim(
             Rule("above", 0.0, "points"),
             partial(_fewer_points, batch=batch),
         )
-        for batch in (32, 16, 8, 4)
+        for batch in (FULL, 16, 8, 4)
     ),
-    settings=tuple(grid(batch=(images.NUM_FEW, 32, 16, 8, 4))),
+    settings=tuple(grid(batch=(images.NUM_FEW, FULL, 16, 8, 4))),
     measure=_noise,
     columns={"test_error": "test error, %", "train_error": "train error, %", "train_loss": "train loss"},
     plots=(

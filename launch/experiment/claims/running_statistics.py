@@ -82,7 +82,7 @@ def _measure(run: Run) -> Numbers:
     return _of_layer(_draws(num_batches, None if how == "average" else MOMENTUM))
 
 
-def _part(label: str, sentence: str, what: str = "variance", *, setting: Setting) -> Part:
+def _part(label: str, sentence: str, setting: Setting, what: str = "variance") -> Part:
     quantity = f"relative bias of the running {what}, mean over channels"
     if setting["how"] == "trained":
         quantity = "ratio of the running variance to the exact one, less 1: geometric mean over channels that vary"
@@ -92,7 +92,7 @@ def _part(label: str, sentence: str, what: str = "variance", *, setting: Setting
 
 def _trained_part(size: int) -> Part:
     sentence = f"After training with batches of {size}, torch's moving average of the variance is unbiased."
-    return _part(f"trained with {size} images", sentence, setting={"how": "trained", "size": size})
+    return _part(f"trained with {size} images", sentence, {"how": "trained", "size": size})
 
 
 RUNNING_STATISTICS = Claim(
@@ -108,20 +108,14 @@ RUNNING_STATISTICS = Claim(
         "mean of the ratios of variances): behind another BatchNorm the values of a batch depend on each other."
     ),
     parts=(
-        _part("mean", "After 200 batches, torch's moving average of the mean is unbiased.", "mean", setting=MOVING),
-        _part("average", "After 200 batches, torch's average of all of them is (momentum=None).", setting=AVERAGE),
-        _part("moving average", "After 200 batches, torch's moving average of the variance is.", setting=MOVING),
-        _part("after 20 batches", "After 20 batches, torch's moving average of the variance is.", setting=START),
-        _part("without Bessel", "After 200 batches, a moving average of biased variances is.", setting=BIASED),
+        _part("mean", "After 200 batches, torch's moving average of the mean is unbiased.", MOVING, what="mean"),
+        _part("average", "After 200 batches, torch's plain average (momentum=None) is unbiased.", AVERAGE),
+        _part("moving average", "After 200 batches, torch's moving average of the variance is unbiased.", MOVING),
+        _part("after 20 batches", "After 20 batches, torch's moving average of the variance is unbiased.", START),
+        _part("without Bessel", "After 200 batches, a moving average of biased variances is unbiased.", BIASED),
         *(_trained_part(size) for size in SIZES),
     ),
-    settings=(
-        AVERAGE,
-        MOVING,
-        START,
-        BIASED,
-        *grid(how=("trained",), size=SIZES),
-    ),
+    settings=(AVERAGE, MOVING, START, BIASED, *grid(how=("trained",), size=SIZES)),
     measure=_measure,
     columns={"var_bias": "bias of the variance, %", "mean_bias": "bias of the mean, %"},
     plots=(
