@@ -138,5 +138,6 @@ def _start(things: list[int], wanted: Sequence[float], heights: Sequence[float],
 
 def _wrapped(name: str) -> str:
     printable = "".join(char if char.isprintable() else "?" for char in name)
-    lines = textwrap.wrap(printable, LINE_LENGTH) or ["?"]
+    words = textwrap.wrap(printable.replace("_", "_ "), LINE_LENGTH)  # a line may end behind a _
+    lines = [line.replace("_ ", "_") for line in words] or ["?"]
     return "\n".join(lines[:2]) + ("…" if len(lines) > 2 else "")
