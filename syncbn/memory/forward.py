@@ -103,7 +103,7 @@ class Forward:
         if name in ACTIVATIONS:
             inner = self._formula(node.next_functions[0][0], levels - 1)
             formula = None if inner is None else Activated(ACTIVATIONS[name](node), inner)
-        elif name == "AddBackward0" and node._saved_alpha == 1:
+        elif name == "AddBackward0" and node._saved_alpha == 1 and len(node.next_functions) == 2:
             formula = self._sum(node.next_functions, levels - 1)
         if formula is not None:
             self.found[node] = formula
