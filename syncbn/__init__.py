@@ -9,6 +9,7 @@ from .conversion.convert import convert, plan, revert
 from .conversion.norms.blocks import register_block
 from .conversion.norms.initialize import initialize_weight_norm
 from .folding.fold import fold
+from .memory.save import save_memory
 from .nn.batchnorm import SyncBatchNorm
 from .nn.ghost import GhostBatchNorm
 from .nn.renorm import BatchRenorm
@@ -40,6 +41,7 @@ __all__ = [
     "register",
     "register_block",
     "revert",
+    "save_memory",
     "unfreeze",
     "update_bn_stats",
     "use_kernels",

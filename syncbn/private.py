@@ -33,6 +33,8 @@ disable_modes: Any = getattr(torch.utils._python_dispatch, "_disable_current_mod
 running_backward = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 # Without it, as in torch 2.6: a recomputation repeats the exchange.
 top_saved_tensors_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", {}.get)  # None
+# As in torch 2.6: then `save_memory` does nothing, since it could take what a checkpoint wants to save.
+can_see_hooks = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 # Without it: a global count of 1 is not refused in a graph of torch.compile.
 assert_in_graph = getattr(torch, "_assert_async", lambda *_: None)
 
@@ -49,6 +51,12 @@ _get_default_store = getattr(_c10d, "_get_default_store", None)
 _NOTE = "syncbn: "
 _new_group = getattr(_c10d, "_new_process_group_helper", None)
 _has_functional = importlib.util.find_spec("torch.distributed._functional_collectives") is not None
+
+
+def constant_in_graph(function: Any) -> Any:
+    """Let torch.compile call a function while it traces; what `torch.compiler` has for it imports the compiler."""
+    function._dynamo_marked_constant = True  # without it: a graph break, where the function warns
+    return function
 
 
 def is_traced() -> bool:

@@ -26,6 +26,7 @@ OPTIONAL = {  # packages that an environment of `make test-versions` may lack
 OF_OLD_TORCH = {
     "DDP has no forward_sync_buffers before torch 2.13",
     "torch 2.6 has no fully_shard for the CPU",
+    "before torch 2.7 save_memory does nothing",
 }
 OF_OLD_LIGHTNING = {"Lightning has no WeightAveraging before 2.6"}
 # What an environment of `make test` may lack: Ray, and what comes with the operating system.

@@ -15,7 +15,18 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from experiment.bench import collectives, layer, memory, rank_pool, registry, spawn, tables, timing, training_step
+from experiment.bench import (
+    collectives,
+    layer,
+    memory,
+    rank_pool,
+    registry,
+    saving,
+    spawn,
+    tables,
+    timing,
+    training_step,
+)
 from experiment.bench.contenders import CONTENDERS
 from syncbn import use_kernels
 from syncbn.ops import backends, cpu, reference
@@ -28,7 +39,7 @@ TINY = [
     "step.rounds=2", "collectives.archs=[resnet18]", "collectives.image_size=32", "collectives.numbers=[9]",
     "collectives.world_sizes=[2]", "collectives.rounds=2", "memory.contenders=[plain,reference]",
     "memory.shapes=[[2,3,4,4]]", "memory.step_contenders=[reference]", "memory.arch=resnet18",
-    "memory.image_size=32", "timeout=60",
+    "memory.image_size=32", "saving.models=[unet]", "saving.image_size=32", "saving.rounds=2", "timeout=60",
 ]  # fmt: skip
 
 
@@ -327,6 +338,16 @@ def test_peak_of_a_step_in_a_fresh_process():
     ]
     assert rows[-1]["peak"] > rows[-1]["saved"] > 0
     assert [len(table.rows) for table in memory.tabulate(rows)] == [2, 1]
+
+
+@pytest.mark.slow
+def test_what_save_memory_saves():
+    rows = saving.measure(composed())
+    assert [(row["model"], row["contender"]) for row in rows] == [("unet", "plain"), ("unet", "saving")]
+    assert 0 < rows[1]["saved"] < 0.8 * rows[0]["saved"]
+    assert min(row["peak"] for row in rows) > 0
+    [table] = saving.tabulate(rows)
+    assert table.rows[0][0] == "unet"
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ HEIGHT = {
     "private": 1,
     "distributed": 2,
     "ops": 3,
-    "plain": 4,
+    "plain": 4, "memory": 4,
     "local": 5,
     "functional": 6,
     "nn": 7,
@@ -164,7 +164,7 @@ def test_it_stays_small():
     assert num_lines(core) <= 1700
     assert num_lines(triton) <= 450
     assert num_lines(source("ops", suffixes=(".cpp", ".h"))) <= 470
-    assert num_lines({*source()} - {*triton}) <= 8270
+    assert num_lines({*source()} - {*triton}) <= 8900
     files = [*source(), *LAUNCH.rglob("*.py")]
     assert {path.name: num_lines([path]) for path in files if num_lines([path]) > 200} == {}
 

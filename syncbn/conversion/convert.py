@@ -11,6 +11,7 @@ from torch import nn
 
 from ..distributed.groups import GroupSpec, ProcessGroupLike
 from ..distributed.subgroups import make_groups
+from ..memory.save import stop_saving
 from ..nn.batchnorm import SyncBatchNorm, name_layers
 from . import patches, replaced
 from .companions import PlanRow
@@ -108,6 +109,8 @@ def plan(
 def revert(module: M, *, as_batchnorm: bool = False) -> M:
     """Give back what the user wrote: the classes, statistics and attributes from before `convert`, in place.
 
+    Ends `save_memory` too.
+
     Args:
         module: A model, or a bare layer.
         as_batchnorm: Whether layers that were written as ``syncbn.SyncBatchNorm`` become nn.BatchNorm too: of the
@@ -129,6 +132,7 @@ def revert(module: M, *, as_batchnorm: bool = False) -> M:
             f"syncbn.revert cannot give back {'; '.join(lost)}: {replaced.REASON}. {replaced.REMEDY}", stacklevel=2
         )
         replaced.clear(module)
+    stop_saving(module)
     for _, layer in layers:
         is_written = as_batchnorm and original_class(layer) in PLAIN
         if original_of(layer) is not None or is_written:

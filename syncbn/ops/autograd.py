@@ -90,6 +90,7 @@ class _BatchNorm(torch.autograd.Function):
                 refuse_count(summed[-1])
         if keeps_sums:
             recompute.record(summed)
+            ctx.summed = summed  # saved-tensor hooks are at work, perhaps those of `save_memory`
         y, statistics = kernels.forward_apply(x, summed, weight, bias, running, eps)
         ctx.save_for_backward(x, weight, statistics)
         ctx.set_materialize_grads(False)
@@ -120,6 +121,9 @@ class _BatchNorm(torch.autograd.Function):
             summed = all_reduce(packed, ctx.group, ctx.name, "backward", (x,))
             dx = kernels.backward_apply(dy, x, statistics, weight, summed)
         return dx, grad_weight, grad_bias, *[None] * 9
+
+
+STEP_NODE = f"{_BatchNorm.__name__}Backward"  # the name of its autograd nodes
 
 
 def alike(dy: Tensor, x: Tensor) -> Tensor | None:

@@ -81,14 +81,15 @@ def _of_step(config: DictConfig, name: str) -> tuple[int, int]:
     step = make_step(model, part.per_rank_batch_size, part.image_size, device)
     images = torch.randn(part.per_rank_batch_size, 3, part.image_size, part.image_size, device=device)
     with use_kernels(CONTENDERS[name].kernels):
-        before = _peak(device)
+        before = peak(device)
         step()
-        peak = _peak(device) - before
+        highest = peak(device) - before
         saved = saved_bytes(lambda: model(images), model.parameters())
-    return saved, peak
+    return saved, highest
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
+    """Return the most bytes that this process had: of the GPU, or resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,164 @@
+"""One forward pass: find the maps that can be computed again, while autograd saves them."""
+
+import threading
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import normalization
+from .boxes import PLAIN, Box, Formula, Key, key_of, weak_reference
+from .formulas import ACTIVATIONS, SAVES_INPUT, Activated, Kept, Sum, layout_of
+
+_MAX_DEPTH = 4  # so many maps of a chain of residual sums are there at once in backward, and every fifth is kept
+_MAX_LEVELS = 4  # of a formula: activations and sums within each other
+_peeked = threading.local()
+_equal: dict[tuple[Any, ...], bool] = {}  # by kind of formula: whether it gave the bits of the forward pass
+
+
+class Forward:
+    """The saved tensors and autograd nodes of one forward pass of a model.
+
+    A saved tensor is packed into a box when an operator saves it, perhaps before it is known what computed it. When a
+    module has run, or is about to, its tensors are looked at: by their autograd nodes a formula may compute them.
+    """
+
+    def __init__(self, owner: nn.Module, outer_hooks: Any) -> None:
+        self.owner, self.outer_hooks = owner, outer_hooks
+        self.boxes: dict[Key, ReferenceType[Box]] = {}
+        self.formulas: dict[Key, tuple[Formula, StorageWeakRef]] = {}  # of maps that nobody has saved yet
+        self.seen: dict[tuple[Any, int], tuple[Key, StorageWeakRef, tuple[Any, ...]]] = {}  # by node and output
+        self.found: dict[Any, Formula | None] = {}  # formulas by node
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
+        self.pack_hook = self.hooks.pack_hook
+
+    def pack(self, tensor: Tensor) -> Box:
+        """Return what autograd keeps in place of ``tensor``."""
+        is_map = tensor.dim() > 1 and type(tensor) is not nn.Parameter
+        key = key_of(tensor) if is_map else None
+        box = None if key is None else self._box(key)
+        if box is None:
+            box = Box(tensor)
+            if key is not None and key in self.formulas:
+                box.compute_later(self.formulas[key][0])
+            if key is not None or self.outer_hooks:
+                self.boxes[(id(box),) if key is None else key] = ref(box)
+        box.add_use()
+        return box
+
+    def _box(self, key: Key) -> Box | None:
+        reference = self.boxes.get(key)
+        return None if reference is None else reference()
+
+    def read_layer(self, layer: nn.Module, output: Any) -> None:
+        """Learn how a normalization layer that has just run computed its output."""
+        if not isinstance(layer, _BatchNorm) or type(output) not in PLAIN:
+            return
+        node = normalization.node_under(output.grad_fn)
+        if node is not None and node not in self.found:
+            self.found[node] = normalization.read(node, layer, peek)
+            self.seen.pop((output.grad_fn, output.output_nr), None)  # by an activation within the layer: too early
+
+    def read_activation(self, layer: nn.Module, output: Any) -> None:
+        """Save less for an activation that has just run, if it saves a map that can be computed again."""
+        node: Any = output.grad_fn if isinstance(layer, SAVES_INPUT) and type(output) in PLAIN else None
+        name = type(node).__name__
+        if name not in ACTIVATIONS:
+            return
+        formula = self._formula(node.next_functions[0][0])
+        if formula is None or formula.depth > _MAX_DEPTH:
+            return
+        for box in peek(lambda: node._saved_self):
+            if box.formula is None and not box.is_changed and _computes(formula, box.get()):
+                box.compute_later(formula)
+            if box.formula is not None:  # computed once for both
+                self.found[node] = Activated(ACTIVATIONS[name](node), Kept(box, formula.layout))
+
+    def look_at(self, tensors: Any) -> None:
+        """Look whether tensors that go into a module, or come out of it, can be computed again."""
+        for tensor in tensors if isinstance(tensors, tuple | list) else (tensors,):
+            if type(tensor) not in PLAIN or tensor.grad_fn is None:
+                continue
+            output = tensor.grad_fn, tensor.output_nr
+            key = None if output in self.seen else key_of(tensor)
+            if key is not None:
+                storage = weak_reference(tensor)
+                self.seen[output] = key, storage, layout_of(tensor)
+                formula = self._formula(tensor.grad_fn)
+                if formula is not None and formula.depth <= _MAX_DEPTH and _computes(formula, tensor):
+                    self.formulas[key] = formula, storage
+                    box = self._box(key)
+                    if box is not None:
+                        box.compute_later(formula)
+
+    def _formula(self, node: Any, levels: int = _MAX_LEVELS) -> Formula | None:
+        """Return the formula of a node's output, None if there is none (yet: a layer that activates ends later)."""
+        if node is None or levels == 0 or node in self.found:
+            return self.found.get(node)
+        name = type(node).__name__
+        formula: Formula | None = None
+        if name in ACTIVATIONS:
+            inner = self._formula(node.next_functions[0][0], levels - 1)
+            formula = None if inner is None else Activated(ACTIVATIONS[name](node), inner)
+        elif name == "AddBackward0" and node._saved_alpha == 1 and len(node.next_functions) == 2:
+            formula = self._sum(node.next_functions, levels - 1)
+        if formula is not None:
+            self.found[node] = formula
+        return formula
+
+    def _sum(self, edges: tuple[tuple[Any, int], ...], levels: int) -> Sum | None:
+        """Return the formula of a residual sum: of two normalized maps, or of one and a map that is kept."""
+        for (node, _), other in (edges, edges[::-1]):
+            new = self._formula(node, levels)
+            added = None if new is None else self._kept(*other) or self._formula(other[0], levels)
+            if new is not None and added is not None and added.layout == new.layout:
+                return Sum(new, added)
+        return None
+
+    def _kept(self, node: Any, output_nr: int) -> Kept | None:
+        """Return a node's output, if it was seen and the graph keeps it."""
+        key, _, layout = self.seen.get((node, output_nr), (None, None, None))
+        box = None if key is None else self._box(key)
+        return None if box is None or box.is_changed or layout is None else Kept(box, layout)
+
+    def close(self) -> None:
+        """Forget all but the boxes, which the graph has; what is still kept goes to the hooks around this pass."""
+        for reference in self.boxes.values() if self.outer_hooks else ():
+            box = reference()
+            if box is not None:
+                box.hand_over(*self.outer_hooks)
+        for table in (self.boxes, self.formulas, self.seen, self.found):
+            table.clear()
+
+
+def unpack(box: Box) -> Tensor:
+    """Give a saved tensor back; while `peek` is at work, only note the box."""
+    boxes = getattr(_peeked, "boxes", None)
+    if boxes is None:
+        return box.unpack()
+    boxes.append(box)
+    return torch.empty(0)
+
+
+def peek(read: Any) -> list[Box]:
+    """Return the boxes of the saved tensors that ``read`` reads from a node."""
+    boxes: list[Box] = []
+    _peeked.boxes = boxes
+    try:
+        read()
+    finally:
+        _peeked.boxes = None
+    return boxes
+
+
+def _computes(formula: Formula, tensor: Tensor) -> bool:
+    """Whether a formula gives a tensor to the bit: tried once per kind of formula."""
+    if formula.layout != layout_of(tensor):
+        return False
+    if formula.kind not in _equal:
+        with torch.no_grad():
+            _equal[formula.kind] = normalization.have_equal_bits(formula.compute(), tensor.detach())
+    return _equal[formula.kind]

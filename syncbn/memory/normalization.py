@@ -1,0 +1,111 @@
+"""Read a normalization layer's autograd node: how to normalize again, to the bit, from what the graph keeps."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.autograd import STEP_NODE
+from ..ops.reference import Running
+from .boxes import PLAIN, Box
+from .formulas import ACTIVATIONS, Normalized
+
+Peek = Callable[[Callable[[], object]], list[Box]]
+_EPS = {"NativeBatchNormBackward0": "_saved_eps", "CudnnBatchNormBackward0": "_saved_epsilon"}
+_one_pass: dict[tuple[Any, ...], bool] = {}  # by kind of input: whether `_by_statistics` gives the bits of `_anew`
+
+
+def node_under(node: Any) -> Any:
+    """Return the node of the normalization in a layer that may activate too; None if there is none."""
+    while node is not None and type(node).__name__ in ACTIVATIONS:
+        node = node.next_functions[0][0]
+    is_one = node is not None and (type(node).__name__ in _EPS or getattr(node, "summed", None) is not None)
+    return node if is_one else None
+
+
+def read(node: Any, layer: nn.Module, peek: Peek) -> Normalized | None:
+    """Return how to compute the output of a layer's node again, None if that cannot be known.
+
+    ``peek`` calls a function that reads saved tensors, and returns their boxes.
+    """
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    kind = type(node).__name__, type(layer)
+    if type(node).__name__ == STEP_NODE:
+        x, *rest = peek(lambda: node.saved_tensors)
+        weight = rest[0].tensor if len(rest) == 2 else None
+        apply = partial(_by_sums, node.kernels, node.summed, _copy(weight), _copy(bias), node.eps)
+        return Normalized(x, apply, kind)
+    is_training = node._saved_training
+    names = "input", "weight", *(("result1", "result2") if is_training else ("running_mean", "running_var"))
+    boxes = {name: peek(partial(getattr, node, f"_saved_{name}")) for name in names}
+    tensors: dict[str, Any] = {name: box[0].tensor if box else None for name, box in boxes.items()}
+    if not boxes["input"] or boxes["input"][0].is_changed or not _is_bias(bias, node.next_functions[2][0]):
+        return None
+    [x], affine = boxes["input"], (_copy(tensors["weight"]), _copy(bias))
+    eps = getattr(node, _EPS[type(node).__name__])
+    if not is_training:
+        running = _copy(tensors["running_mean"]), _copy(tensors["running_var"])
+        return Normalized(x, partial(_by_running, running, affine, eps), (*kind, "running"))
+    mean, invstd = tensors["result1"], tensors["result2"]
+    if type(node).__name__ != "NativeBatchNormBackward0" or not _is_one_pass(x.get(), *affine):
+        return Normalized(x, partial(_anew, affine, eps), (*kind, "anew"))
+    apply = partial(_by_statistics, mean, _slope(invstd, affine[0]), affine[1])
+    return Normalized(x, apply, (*kind, "statistics"))
+
+
+def _is_bias(bias: Tensor | None, edge: Any) -> bool:
+    """Whether a layer's bias is what its node added, by the node's edge to it."""
+    if bias is None or edge is None:
+        return edge is None and (bias is None or not bias.requires_grad)
+    return bias.grad_fn is edge or getattr(edge, "variable", None) is bias
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    """Copy O(C) numbers: an optimizer, or FSDP, may change them before backward."""
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _by_sums(kernels: Any, summed: Tensor, weight: Any, bias: Any, eps: float, x: Tensor) -> Tensor:
+    y: Tensor = kernels.forward_apply(x, summed, weight, bias, Running(), eps)[0]
+    return y
+
+
+def _by_running(running: tuple[Any, Any], affine: tuple[Any, Any], eps: float, x: Tensor) -> Tensor:
+    return F.batch_norm(x, *running, *affine, False, 0.0, eps)
+
+
+def _anew(affine: tuple[Any, Any], eps: float, x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, *affine, True, 0.0, eps)
+
+
+def _slope(invstd: Tensor, weight: Tensor | None) -> Tensor:
+    return invstd if weight is None else invstd * weight
+
+
+def _by_statistics(mean: Tensor, slope: Tensor, bias: Any, x: Tensor) -> Tensor:
+    """Normalize in one pass: eval mode with a variance of 1 and invstd within the weight."""
+    return F.batch_norm(x, mean, torch.ones_like(mean), slope, bias, False, 0.0, 0.0)
+
+
+def _is_one_pass(x: Tensor, *affine: Tensor | None) -> bool:
+    """Whether normalizing by known statistics gives the same bits: tried once, with a weight and bias that tell."""
+    dtypes = [None if t is None else t.dtype for t in affine]
+    kind = (x.dtype, x.device, x.dim(), x.is_contiguous(), x.stride(1) == 1, *dtypes)
+    if kind not in _one_pass:
+        steps = torch.linspace(0.3, 1.7, x.shape[1])
+        weight, bias = (None if t is None else (steps - i).to(t) for i, t in enumerate(affine))
+        with torch.no_grad():
+            y, mean, invstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, 1e-5)
+            again = _by_statistics(mean, _slope(invstd, weight), bias, x)
+        _one_pass[kind] = have_equal_bits(y, again)
+    return _one_pass[kind]
+
+
+def have_equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree to the bit: a NaN with a NaN too, 0 not with -0."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    is_alike = type(a) in PLAIN and a.dtype == b.dtype and a.shape == b.shape
+    return is_alike and torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
