@@ -33,10 +33,13 @@ def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tens
     """Compute ``packed = [sum, sqsum, count]`` of this rank's values per channel; count the batch.
 
     ``(2C + 1,)``, float64. The sums are taken around the mean of an eighth of the samples, which is no further than
-    ``sqrt(7) * std`` from the mean of all of them, so at most three bits of the variance cancel.
+    ``sqrt(7) * std`` from the mean of all of them, so at most three bits of the variance cancel. In a graph of
+    torch.compile it is the variance of ``x - first``, which the compiler computes in one pass, whatever the first is.
     """
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    if torch.compiler.is_compiling():
+        return _reduce_in_graph(x)
     dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
     some = x[: (x.shape[0] + 7) // 8]
     shift = some.sum(dims, dtype=SUM_DTYPE.get(x.dtype, x.dtype)) / max(some.numel() // x.shape[1], 1)
@@ -50,6 +53,23 @@ def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tens
     return torch.cat([sum, torch.addcmul(sqrest, shift, sum + rest), sum.new_full((1,), count)])
 
 
+def _reduce_in_graph(x: Tensor) -> Tensor:
+    dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
+    if count == 0:
+        return x.new_zeros(2 * x.shape[1] + 1, dtype=_WIDE)
+    dtype = SUM_DTYPE.get(x.dtype, x.dtype)
+    x = x if x.dtype == dtype else x.to(dtype)
+    first = x[:1]
+    for dim in dims[1:]:
+        first = first.narrow(dim, 0, 1)
+    var, mean = torch.var_mean(x - first, dims, correction=0)
+    shift = first.reshape(-1)
+    if dtype != _WIDE:
+        var, mean, shift = var.to(_WIDE), mean.to(_WIDE), shift.to(_WIDE)
+    mean = mean + shift
+    return torch.cat([mean * count, (var + mean.square()) * count, mean.new_full((1,), count)])
+
+
 def forward_apply(
     x: Tensor, summed: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -59,7 +79,7 @@ def forward_apply(
     ``x``, and the statistics ``[mean, invstd, count]`` of the whole batch, ``(2C + 1,)``, float64.
     """
     statistics = batch_statistics(summed, running, eps, is_empty=x.numel() == 0)
-    mean, invstd = statistics[:-1].chunk(2)
+    mean, invstd = statistics[: 2 * x.shape[1]].chunk(2)
     slope = invstd if weight is None else invstd * weight
     dtype = SUM_DTYPE.get(x.dtype, x.dtype)
     if dtype != _WIDE:
@@ -91,7 +111,8 @@ def batch_statistics(summed: Tensor, running: Running, eps: float, is_empty: boo
             else:
                 old.add_(step, alpha=momentum or 0.0)
     invstd = (sqdev / (count.clamp(min=1) if is_empty else count)).add_(eps).rsqrt_()
-    return torch.cat([mean, invstd, count.view(1)])
+    # in a graph as often as there are channels: one kernel less
+    return torch.cat([mean, invstd, count.expand(len(mean) if torch.compiler.is_compiling() else 1)])
 
 
 def moments(summed: Tensor, is_empty: bool = True) -> tuple[Tensor, Tensor]:
@@ -110,13 +131,11 @@ def backward_reduce(
     of this rank, in the dtypes given, None for None. Other back ends take ``dy`` as `autograd.alike` returns it.
     """
     dims, dtype = [0, *range(2, x.dim())], SUM_DTYPE.get(x.dtype, x.dtype)
-    mean, invstd = statistics[:-1].chunk(2)
+    mean, invstd = statistics[: 2 * x.shape[1]].chunk(2)
     shift = mean if dtype == _WIDE else mean.to(dtype)
     sum_dy = dy.sum(dims, dtype=dtype)
-    wide = torch.stack([sum_dy, (x - shift.view(1, -1, *[1] * (x.dim() - 2))).mul_(dy).sum(dims)])
-    if dtype != _WIDE:
-        wide = wide.to(_WIDE)
-    sum_dy, sum_dy_xmu = wide.unbind()
+    sum_dy_xmu = (x - shift.view(1, -1, *[1] * (x.dim() - 2))).mul_(dy).sum(dims)
+    sum_dy, sum_dy_xmu = _both_to(_WIDE, sum_dy, sum_dy_xmu)
     sum_dy_xhat = torch.addcmul(sum_dy_xmu, shift - mean, sum_dy) * invstd
     grad_weight = None if weight_dtype is None else sum_dy_xhat.to(weight_dtype)
     grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype)
@@ -128,19 +147,28 @@ def backward_apply(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | N
 
     ``summed`` is ``packed`` of `backward_reduce`, all ranks added up, and n the count in ``statistics``.
     """
-    mean, invstd = statistics[:-1].chunk(2)
+    mean, invstd = statistics[: 2 * x.shape[1]].chunk(2)
     scale = invstd if weight is None else invstd * weight
     offset, tilt = ((summed / -statistics[-1]).view(2, -1) * scale).unbind()
     dtype = SUM_DTYPE.get(x.dtype, x.dtype)
     slope = tilt * invstd
-    if dtype != _WIDE:
-        scale, slope = torch.stack([scale, slope]).to(dtype).unbind()
+    scale, slope = _both_to(dtype, scale, slope)
     constant = offset - mean * slope
     if dtype != _WIDE:
         constant = constant.to(dtype)
     dx = _affine(x if x.dtype == dtype else x.to(dtype), slope, constant)
     dx = dx.addcmul_(dy, scale.view(1, -1, *[1] * (x.dim() - 2)))
     return dx if x.dtype == dtype else dx.to(x.dtype)
+
+
+def _both_to(dtype: torch.dtype, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert two tensors of one dtype: in one operator, or each within the kernel that makes it."""
+    if a.dtype == dtype:
+        return a, b
+    if torch.compiler.is_compiling():
+        return a.to(dtype), b.to(dtype)
+    a, b = torch.stack([a, b]).to(dtype).unbind()
+    return a, b
 
 
 def _affine(x: Tensor, slope: Tensor, constant: Tensor) -> Tensor:

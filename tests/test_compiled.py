@@ -1,0 +1,114 @@
+"""Layers in a graph of torch.compile: precision, kernels per layer, recompilations. In DDP: test_ddp_order.py."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import syncbn
+
+C = 6
+FULL = {"fullgraph": True, "backend": "aot_eager"}
+
+
+def hard_inputs(kind, world_size):
+    """Parts whose mean is far from 0, or whose first value is far from the mean: sums of squares would cancel."""
+    x = torch.randn(2 * world_size, C, 9, 7, generator=torch.Generator().manual_seed(3))
+    if kind == "large mean":
+        x = x + 3000 * torch.arange(1, C + 1).view(1, C, 1, 1)
+    if kind == "first value far away":
+        x = x + 1000
+        x[:, :, 0, 0] = 0
+    return x.chunk(world_size)
+
+
+def errors_of(rank, world_size, kind):
+    """The largest errors of y and of the gradient of x, of the eager layer and of the compiled one."""
+    torch._dynamo.reset()
+    parts = hard_inputs(kind, world_size)
+    joined = torch.cat(parts).double().requires_grad_()
+    weights = torch.randn(joined.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = nn.BatchNorm2d(C).double()(joined)
+    (expected * weights).sum().backward()
+    place = slice(2 * rank, 2 * rank + 2)
+    errors = []
+    for compile_it in (False, True):
+        layer = syncbn.SyncBatchNorm(C)
+        run = torch.compile(layer, **FULL) if compile_it else layer
+        x = parts[rank].clone().requires_grad_()
+        with syncbn.use_kernels("reference"):
+            y = run(x)
+            (y * weights[place].float()).sum().backward()
+        pairs = (y.detach(), expected[place].detach()), (x.grad, joined.grad[place])
+        errors += [(found.double() - truth).abs().max().item() / truth.abs().max().item() for found, truth in pairs]
+    return errors
+
+
+@pytest.mark.parametrize("kind", ["plain", "large mean", "first value far away"])
+def test_precision_in_a_graph(run, kind):
+    for eager_y, eager_dx, compiled_y, compiled_dx in run(errors_of, 2, kind, timeout=120):
+        assert compiled_y <= 4 * eager_y + 1e-6
+        assert compiled_dx <= 4 * eager_dx + 1e-6
+
+
+def net(num_layers=2):
+    layers = [(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(num_layers)]
+    return nn.Sequential(*(module for group in layers for module in group))
+
+
+def step(model, x):
+    y = model(x)
+    (y * torch.linspace(0, 1, y.numel()).view_as(y)).sum().backward()
+
+
+def kernels_of(rank, world_size, num_layers):
+    from torch._inductor import metrics
+
+    found = []
+    for convert in (lambda model: model, syncbn.convert):
+        torch._dynamo.reset()
+        metrics.reset()
+        counters.clear()
+        step(torch.compile(convert(net(num_layers)), fullgraph=True), torch.randn(4, 16, 24, 24))
+        found.append(metrics.generated_kernel_count)
+        assert counters["graph_break"] == {}
+    return found
+
+
+@pytest.mark.slow
+def test_two_kernels_more_per_layer_than_plain_batchnorm(run):
+    """By Inductor's own count, of both passes; of very small maps it makes one more, since it takes their mean first."""
+    [few, *_], [many, *_] = (run(kernels_of, 2, num_layers, timeout=400) for num_layers in (1, 3))
+    for plain, synchronized in (few, many):
+        assert plain > 4
+        assert synchronized > plain
+    assert few[1] - few[0] <= 2
+    assert many[1] - many[0] <= 6
+
+
+def graphs_of(rank, world_size, dynamic):
+    """The graphs that some steps with several sizes of the batch take; and the last gradients, eager and compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    eager = syncbn.convert(net())
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, dynamic=dynamic, **FULL)
+    num_graphs = []
+    for size in (3, 3, 3) if dynamic is False else (3, 4, 5, 6, 2, 7):
+        x = torch.randn(size + rank, 16, 6, 6, generator=torch.Generator().manual_seed(size))
+        for each in (eager, compiled):
+            each.zero_grad()
+            step(each, x)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    pairs = zip(eager.parameters(), model.parameters(), strict=True)
+    return num_graphs, max((a.grad - b.grad).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize(("dynamic", "most"), [(False, 1), (None, 2), (True, 1)])
+def test_steps_do_not_compile_again(run, dynamic, most):
+    for num_graphs, difference in run(graphs_of, 2, dynamic, timeout=170):
+        assert num_graphs[-1] <= most
+        assert num_graphs[-1] == num_graphs[min(1, len(num_graphs) - 1)]
+        assert difference < 1e-3
