@@ -79,7 +79,7 @@ def kernels_of(rank, world_size, num_layers):
 
 @pytest.mark.slow
 def test_two_kernels_more_per_layer_than_plain_batchnorm(run):
-    """By Inductor's own count, of both passes; of very small maps it makes one more, since it takes their mean first."""
+    """By Inductor's own count, of both passes; one more for very small maps, whose mean it takes first."""
     [few, *_], [many, *_] = (run(kernels_of, 2, num_layers, timeout=400) for num_layers in (1, 3))
     for plain, synchronized in (few, many):
         assert plain > 4
