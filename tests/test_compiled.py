@@ -106,7 +106,10 @@ def graphs_of(rank, world_size, dynamic):
     return num_graphs, max((a.grad - b.grad).abs().max().item() for a, b in pairs)
 
 
-@pytest.mark.parametrize(("dynamic", "most"), [(False, 1), (None, 2), (True, 1)])
+@pytest.mark.parametrize(
+    ("dynamic", "most"),
+    [(None, 2), pytest.param(False, 1, marks=pytest.mark.slow), pytest.param(True, 1, marks=pytest.mark.slow)],
+)
 def test_steps_do_not_compile_again(run, dynamic, most):
     for num_graphs, difference in run(graphs_of, 2, dynamic, timeout=170):
         assert num_graphs[-1] <= most

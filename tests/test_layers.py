@@ -164,7 +164,7 @@ def test_it_stays_small():
     assert num_lines(core) <= 1700
     assert num_lines(triton) <= 450
     assert num_lines(source("ops", suffixes=(".cpp", ".h"))) <= 470
-    assert num_lines({*source()} - {*triton}) <= 8900
+    assert num_lines({*source()} - {*triton}) <= 9050
     files = [*source(), *LAUNCH.rglob("*.py")]
     assert {path.name: num_lines([path]) for path in files if num_lines([path]) > 200} == {}
 

@@ -37,7 +37,7 @@ class Box:
         self.formula: Formula | None = None
         self.version = tensor._version
         self.storage: StorageWeakRef | None = None
-        self.strides: tuple[int, ...] = ()
+        self.strides: tuple[int, ...] = ()  # of a tensor that is computed
         self.packed: Any = None  # as other hooks packed it
         self.ready: Tensor | None = None
         self.uses = self.uses_left = 0
@@ -50,6 +50,17 @@ class Box:
     def is_changed(self) -> bool:
         """Whether the tensor was changed in place since it was saved."""
         return self.tensor is not None and self.tensor._version != self.version
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        return layout_of(self.get()) if self.formula is None else self.formula.layout
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the bits of an operator on this tensor may depend on, but for the values."""
+        strides = self.get().stride() if self.formula is None else self.strides
+        shape, dtype, device = self.layout
+        return dtype, device, len(shape), strides[1] == 1, strides[-1] == 1
 
     def add_use(self) -> None:
         """Count one more that saves this tensor."""
@@ -92,13 +103,25 @@ class Box:
             if self.is_changed:
                 raise RuntimeError(_changed(self.tensor, self.version))
             return self.tensor
-        if self.ready is None:
-            with torch.no_grad():
-                computed = self.formula.compute()
-                if computed.stride() != self.strides:
-                    computed = computed.new_empty_strided(computed.shape, self.strides).copy_(computed)
-            self.ready = computed
-        return self.ready
+        ready = self.ready
+        if ready is None:  # another thread may drop it meanwhile
+            self.ready = ready = self.compute()
+        return ready
+
+    def compute(self) -> Tensor:
+        """Return the tensor, a computed one without keeping it."""
+        if self.formula is None:
+            return self.get()
+        with torch.no_grad():
+            computed = self.formula.compute()
+            if computed.stride() != self.strides:
+                computed = computed.new_empty_strided(computed.shape, self.strides).copy_(computed)
+        return computed
+
+
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what the parts of a sum must have in common."""
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def key_of(tensor: Tensor) -> Key | None:
@@ -106,7 +129,9 @@ def key_of(tensor: Tensor) -> Key | None:
 
     It holds as long as the storage, or a weak reference to it, is held: the address of a freed one can come again.
     """
-    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+    if type(tensor) not in PLAIN or tensor.is_nested or tensor.layout is not torch.strided:
+        return None
+    if tensor.is_neg() or tensor.is_conj():
         return None
     place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
     return (tensor.untyped_storage()._cdata, tensor._version, *place)

@@ -25,17 +25,16 @@ ACTIVATIONS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 for _name in ("LeakyRelu", "Hardtanh"):  # in place
     ACTIVATIONS[f"{_name}Backward1"] = ACTIVATIONS[f"{_name}Backward0"]
 
-# Layers whose operator saves its input; in place a copy of it.
-SAVES_INPUT = nn.SiLU, nn.Hardswish, nn.GELU
+# Layers whose operator saves its input; in place a copy of it. Hardtanh is ReLU6 too.
+SAVES_INPUT = nn.SiLU, nn.Hardswish, nn.GELU, nn.Hardtanh
 
 
 class Normalized:
     """A normalized map; ``apply`` computes it from the input and what it holds of the layer, O(C) numbers."""
 
     def __init__(self, x: Box, apply: Callable[[Tensor], Tensor], kind: tuple[Any, ...]) -> None:
-        t = x.get()
-        self.x, self.apply, self.layout, self.depth = x, apply, layout_of(t), x.depth + 1
-        self.kind = *kind, t.dtype, t.device, t.dim(), t.is_contiguous()
+        self.x, self.apply, self.layout, self.depth = x, apply, x.layout, x.depth + 1
+        self.kind = *kind, *x.kind
 
     def compute(self) -> Tensor:
         return self.apply(self.x.get())
@@ -44,8 +43,8 @@ class Normalized:
 class Kept:
     """A map that the graph keeps anyway."""
 
-    def __init__(self, box: Box, layout: tuple[Any, ...]) -> None:
-        self.box, self.layout, self.depth, self.kind = box, layout, box.depth + 1, ("kept",)
+    def __init__(self, box: Box) -> None:
+        self.box, self.layout, self.depth, self.kind = box, box.layout, box.depth + 1, ("kept",)
 
     def compute(self) -> Tensor:
         return self.box.get()
@@ -77,8 +76,3 @@ class Sum:
 
     def compute(self) -> Tensor:
         return self.new.compute().add_(self.other.compute())
-
-
-def layout_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what the parts of a sum must have in common."""
-    return tensor.shape, tensor.dtype, tensor.device

@@ -1,6 +1,7 @@
 """One forward pass: find the maps that can be computed again, while autograd saves them."""
 
 import threading
+from types import FrameType
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -10,8 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import normalization
-from .boxes import PLAIN, Box, Formula, Key, key_of, weak_reference
-from .formulas import ACTIVATIONS, SAVES_INPUT, Activated, Kept, Sum, layout_of
+from .boxes import PLAIN, Box, Formula, Key, key_of, layout_of, weak_reference
+from .formulas import ACTIVATIONS, SAVES_INPUT, Activated, Kept, Sum
 
 _MAX_DEPTH = 4  # so many maps of a chain of residual sums are there at once in backward, and every fifth is kept
 _MAX_LEVELS = 4  # of a formula: activations and sums within each other
@@ -26,14 +27,23 @@ class Forward:
     module has run, or is about to, its tensors are looked at: by their autograd nodes a formula may compute them.
     """
 
-    def __init__(self, owner: nn.Module, outer_hooks: Any) -> None:
-        self.owner, self.outer_hooks = owner, outer_hooks
+    def __init__(self, frame: FrameType, outer_hooks: Any) -> None:
+        self.frame: FrameType | None = frame
+        self.outer_hooks = outer_hooks
         self.boxes: dict[Key, ReferenceType[Box]] = {}
         self.formulas: dict[Key, tuple[Formula, StorageWeakRef]] = {}  # of maps that nobody has saved yet
-        self.seen: dict[tuple[Any, int], tuple[Key, StorageWeakRef, tuple[Any, ...]]] = {}  # by node and output
+        self.seen: dict[tuple[Any, int], tuple[Key, StorageWeakRef, ReferenceType[Tensor]]] = {}  # by node and output
         self.found: dict[Any, Formula | None] = {}  # formulas by node
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
-        self.pack_hook = self.hooks.pack_hook
+        self.hooks: Any = torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
+
+    def is_running(self) -> bool:
+        """Whether the call of the outermost module goes on: an interrupt ends it without its hooks."""
+        try:
+            if self.frame is not None:
+                self.frame.clear()
+        except RuntimeError:  # "cannot clear an executing frame"
+            return True
+        return False
 
     def pack(self, tensor: Tensor) -> Box:
         """Return what autograd keeps in place of ``tensor``."""
@@ -61,12 +71,16 @@ class Forward:
         if node is not None and node not in self.found:
             self.found[node] = normalization.read(node, layer, peek)
             self.seen.pop((output.grad_fn, output.output_nr), None)  # by an activation within the layer: too early
+            self._read_activation(output.grad_fn)
 
     def read_activation(self, layer: nn.Module, output: Any) -> None:
         """Save less for an activation that has just run, if it saves a map that can be computed again."""
-        node: Any = output.grad_fn if isinstance(layer, SAVES_INPUT) and type(output) in PLAIN else None
+        if isinstance(layer, SAVES_INPUT) and type(output) in PLAIN and normalization.is_known(layer):
+            self._read_activation(output.grad_fn)
+
+    def _read_activation(self, node: Any) -> None:
         name = type(node).__name__
-        if name not in ACTIVATIONS:
+        if name not in ACTIVATIONS or not hasattr(type(node), "_saved_self"):
             return
         formula = self._formula(node.next_functions[0][0])
         if formula is None or formula.depth > _MAX_DEPTH:
@@ -75,18 +89,24 @@ class Forward:
             if box.formula is None and not box.is_changed and _computes(formula, box.get()):
                 box.compute_later(formula)
             if box.formula is not None:  # computed once for both
-                self.found[node] = Activated(ACTIVATIONS[name](node), Kept(box, formula.layout))
+                self.found[node] = Activated(ACTIVATIONS[name](node), Kept(box))
 
     def look_at(self, tensors: Any) -> None:
         """Look whether tensors that go into a module, or come out of it, can be computed again."""
+        tensors = tuple(tensors.values()) if isinstance(tensors, dict) else tensors
         for tensor in tensors if isinstance(tensors, tuple | list) else (tensors,):
             if type(tensor) not in PLAIN or tensor.grad_fn is None:
                 continue
             output = tensor.grad_fn, tensor.output_nr
-            key = None if output in self.seen else key_of(tensor)
+            if output in self.seen:
+                (storage, version, *_), *_ = self.seen[output]
+                if tensor._version != version or tensor.untyped_storage()._cdata != storage:
+                    self.found[tensor.grad_fn] = None  # changed, and autograd did not see it
+                continue
+            key = key_of(tensor)
             if key is not None:
                 storage = weak_reference(tensor)
-                self.seen[output] = key, storage, layout_of(tensor)
+                self.seen[output] = key, storage, ref(tensor)
                 formula = self._formula(tensor.grad_fn)
                 if formula is not None and formula.depth <= _MAX_DEPTH and _computes(formula, tensor):
                     self.formulas[key] = formula, storage
@@ -96,8 +116,10 @@ class Forward:
 
     def _formula(self, node: Any, levels: int = _MAX_LEVELS) -> Formula | None:
         """Return the formula of a node's output, None if there is none (yet: a layer that activates ends later)."""
-        if node is None or levels == 0 or node in self.found:
-            return self.found.get(node)
+        if node is None or levels == 0 or self._was_changed(node):
+            return None
+        if node in self.found:
+            return self.found[node]
         name = type(node).__name__
         formula: Formula | None = None
         if name in ACTIVATIONS:
@@ -108,6 +130,12 @@ class Forward:
         if formula is not None:
             self.found[node] = formula
         return formula
+
+    def _was_changed(self, node: Any) -> bool:
+        """Whether a node's output, if it is still there, was changed without a record of it."""
+        key, _, reference = self.seen.get((node, 0), (None, None, None))
+        tensor = None if reference is None else reference()
+        return tensor is not None and tensor.grad_fn is node and key is not None and tensor._version != key[1]
 
     def _sum(self, edges: tuple[tuple[Any, int], ...], levels: int) -> Sum | None:
         """Return the formula of a residual sum: of two normalized maps, or of one and a map that is kept."""
@@ -120,9 +148,9 @@ class Forward:
 
     def _kept(self, node: Any, output_nr: int) -> Kept | None:
         """Return a node's output, if it was seen and the graph keeps it."""
-        key, _, layout = self.seen.get((node, output_nr), (None, None, None))
+        key, *_ = self.seen.get((node, output_nr), (None,))
         box = None if key is None else self._box(key)
-        return None if box is None or box.is_changed or layout is None else Kept(box, layout)
+        return None if box is None or box.is_changed else Kept(box)
 
     def close(self) -> None:
         """Forget all but the boxes, which the graph has; what is still kept goes to the hooks around this pass."""
@@ -132,6 +160,7 @@ class Forward:
                 box.hand_over(*self.outer_hooks)
         for table in (self.boxes, self.formulas, self.seen, self.found):
             table.clear()
+        self.frame = self.hooks = self.outer_hooks = None  # no cycle
 
 
 def unpack(box: Box) -> Tensor:
@@ -158,7 +187,14 @@ def _computes(formula: Formula, tensor: Tensor) -> bool:
     """Whether a formula gives a tensor to the bit: tried once per kind of formula."""
     if formula.layout != layout_of(tensor):
         return False
-    if formula.kind not in _equal:
-        with torch.no_grad():
-            _equal[formula.kind] = normalization.have_equal_bits(formula.compute(), tensor.detach())
+    if formula.kind in _equal:
+        return _equal[formula.kind]
+    with torch.no_grad():
+        if not normalization.tells(tensor):
+            return False
+        try:
+            computed = formula.compute()
+        except RuntimeError:  # an input was changed in place
+            return False
+        _equal[formula.kind] = normalization.have_equal_bits(computed, tensor)
     return _equal[formula.kind]

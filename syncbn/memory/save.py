@@ -1,7 +1,9 @@
 """`save_memory`: hooks on a model's modules that watch its forward pass in training."""
 
+import sys
 import threading
 import warnings
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -51,7 +53,7 @@ def save_memory(model: M) -> M:
     for module in model.modules():
         if _HANDLES not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
             module.__dict__[_HANDLES] = (
-                module.register_forward_pre_hook(_before),
+                module.register_forward_pre_hook(_before, with_kwargs=True),
                 module.register_forward_hook(_after, always_call=True),
             )
     return model
@@ -64,38 +66,47 @@ def stop_saving(model: nn.Module) -> None:
             handle.remove()
 
 
-def _before(module: nn.Module, args: Any) -> None:
+def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         _tell_in_graph()
         return
-    forward: Forward | None = getattr(_local, "forward", None)
-    if forward is None or forward.owner is module:  # the same again: an interrupted forward pass was left open
-        _close()
-        _open(module)
+    forward = _current()
+    if forward is None:
+        _open(sys._getframe(1))
     elif _is_on_top(forward):
         forward.look_at(args)
+        forward.look_at(kwargs)
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:
-    forward: Forward | None = None if torch.compiler.is_compiling() else getattr(_local, "forward", None)
+    forward = None if torch.compiler.is_compiling() else _current()
     if forward is None:
         return
-    if forward.owner is module:
-        _close()
+    if forward.frame is sys._getframe(1):
+        _close(forward)
     elif _is_on_top(forward):
         forward.read_layer(module, output)
         forward.read_activation(module, output)
         forward.look_at(output)
 
 
-def _open(module: nn.Module) -> None:
-    """Watch a forward pass, unless nothing is saved in it, or torch's own hooks decide what is."""
-    if not torch.is_grad_enabled() or private.are_transforms_active() or private.is_traced():
+def _current() -> Forward | None:
+    """Return the forward pass that is watched in this thread; one that was ended by an error is closed."""
+    forward: Forward | None = getattr(_local, "forward", None)
+    if forward is not None and not forward.is_running():
+        _close(forward)
+        return None
+    return forward
+
+
+def _open(frame: FrameType) -> None:
+    """Watch the call in ``frame``, unless nothing is saved in it, or torch's own hooks decide what is."""
+    if not torch.is_grad_enabled() or private.dual_level() >= 0 or private.are_transforms_active():
         return
     hooks = private.top_saved_tensors_hooks(True)
-    if hooks and str(getattr(hooks[0], "__module__", "")).startswith("torch."):
+    if private.is_traced() or (hooks and str(getattr(hooks[0], "__module__", "")).startswith("torch.")):
         return
-    forward = Forward(module, hooks)
+    forward = Forward(frame, hooks)
     try:
         forward.hooks.__enter__()
     except RuntimeError:  # torch.autograd.graph.disable_saved_tensors_hooks
@@ -103,19 +114,17 @@ def _open(module: nn.Module) -> None:
     _local.forward = forward
 
 
-def _close() -> None:
-    forward: Forward | None = getattr(_local, "forward", None)
-    if forward is not None:
-        _local.forward = None
-        if _is_on_top(forward):
-            forward.hooks.__exit__()
-        forward.close()
+def _close(forward: Forward) -> None:
+    _local.forward = None
+    if _is_on_top(forward):
+        forward.hooks.__exit__()
+    forward.close()
 
 
 def _is_on_top(forward: Forward) -> bool:
     """Whether autograd saves through this forward pass now, and not through a checkpoint within it."""
     hooks = private.top_saved_tensors_hooks(True)
-    return bool(hooks) and hooks[0] is forward.pack_hook
+    return bool(hooks) and hooks[0] is forward.hooks.pack_hook
 
 
 def _tell(why: str) -> None:
