@@ -28,13 +28,13 @@ VERSIONS = {  # torch: Python, torchvision
 }
 TOOLS = ["pytest>=9", "pytest-timeout", "hypothesis"]
 CORE = [
-    "audit", "batchnorm", "build", "collectives", "compat", "convert", "converted", "cpu_kernels", "cuda_kernels",
-    "ddp", "ddp_order", "debug", "detection", "ecosystem", "fixup", "fold", "freeze", "functional", "gans",
-    "ghost", "gpu_check", "layers", "lightning", "lightning_averages", "lightning_namespaces", "local",
-    "many_ranks", "masks", "norm_activations", "norms", "other_statistics", "patches", "point_clouds", "precise",
-    "precision", "properties", "recompute", "renorm", "replaced", "selfsupervision", "speech", "switchable",
-    "synchronized", "textbook", "transforms", "triton_kernels", "triton_launch", "weight_norm", "weights",
-    "wrapped",
+    "audit", "batchnorm", "build", "collectives", "compat", "compiled", "convert", "converted", "cpu_kernels",
+    "cuda_kernels", "ddp", "ddp_order", "debug", "detection", "ecosystem", "fixup", "fold", "freeze", "functional",
+    "gans", "ghost", "gpu_check", "layers", "lightning", "lightning_averages", "lightning_namespaces", "local",
+    "many_ranks", "masks", "memory", "memory_with_others", "norm_activations", "norms", "other_statistics",
+    "patches", "point_clouds", "precise", "precision", "properties", "recompute", "renorm", "replaced",
+    "selfsupervision", "speech", "switchable", "synchronized", "textbook", "transforms", "triton_kernels",
+    "triton_launch", "weight_norm", "weights", "wrapped",
 ]  # fmt: skip
 EXPERIMENTS = [
     "bench", "classifiers", "compare", "comparison_grid", "comparison_page", "comparison_runner",

@@ -21,7 +21,7 @@ from experiment.bench import (
     memory,
     rank_pool,
     registry,
-    saving,
+    save_memory,
     spawn,
     tables,
     timing,
@@ -39,7 +39,8 @@ TINY = [
     "step.rounds=2", "collectives.archs=[resnet18]", "collectives.image_size=32", "collectives.numbers=[9]",
     "collectives.world_sizes=[2]", "collectives.rounds=2", "memory.contenders=[plain,reference]",
     "memory.shapes=[[2,3,4,4]]", "memory.step_contenders=[reference]", "memory.arch=resnet18",
-    "memory.image_size=32", "saving.models=[unet]", "saving.image_size=32", "saving.rounds=2", "timeout=60",
+    "memory.image_size=32", "save_memory.models=[unet]", "save_memory.image_size=32", "save_memory.rounds=2",
+    "timeout=60",
 ]  # fmt: skip
 
 
@@ -342,11 +343,11 @@ def test_peak_of_a_step_in_a_fresh_process():
 
 @pytest.mark.slow
 def test_what_save_memory_saves():
-    rows = saving.measure(composed())
+    rows = save_memory.measure(composed())
     assert [(row["model"], row["contender"]) for row in rows] == [("unet", "plain"), ("unet", "saving")]
     assert 0 < rows[1]["saved"] < 0.8 * rows[0]["saved"]
     assert min(row["peak"] for row in rows) > 0
-    [table] = saving.tabulate(rows)
+    [table] = save_memory.tabulate(rows)
     assert table.rows[0][0] == "unet"
 
 

@@ -1,5 +1,6 @@
 """What autograd keeps in place of a saved tensor: the tensor itself, or how to compute it again."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+_peeked = threading.local()
 PLAIN = (Tensor, torch.nn.Parameter)
 Key = tuple[Any, ...]
 
@@ -119,6 +121,26 @@ class Box:
         return computed
 
 
+def unpack(box: Box) -> Tensor:
+    """Give a saved tensor back; while `peek` is at work, only note the box."""
+    boxes = getattr(_peeked, "boxes", None)
+    if boxes is None:
+        return box.unpack()
+    boxes.append(box)
+    return torch.empty(0)
+
+
+def peek(read: Callable[[], object]) -> list[Box]:
+    """Return the boxes of the saved tensors that ``read`` reads from a node."""
+    boxes: list[Box] = []
+    _peeked.boxes = boxes
+    try:
+        read()
+    finally:
+        _peeked.boxes = None
+    return boxes
+
+
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return what the parts of a sum must have in common."""
     return tensor.shape, tensor.dtype, tensor.device
@@ -140,6 +162,13 @@ def key_of(tensor: Tensor) -> Key | None:
 def weak_reference(tensor: Tensor) -> StorageWeakRef:
     """Refer to a tensor's storage without keeping it."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def version_of(tensor: Tensor) -> Tensor:
+    """Return a tensor without values that shares the version counter of ``tensor``, and does not keep its storage."""
+    version = tensor.detach()
+    version.data = tensor.new_empty(0)
+    return version
 
 
 def _changed(tensor: Tensor, version: int) -> str:

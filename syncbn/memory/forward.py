@@ -1,8 +1,7 @@
 """One forward pass: find the maps that can be computed again, while autograd saves them."""
 
-import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -11,13 +10,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import normalization
-from .boxes import PLAIN, Box, Formula, Key, key_of, layout_of, weak_reference
+from .boxes import PLAIN, Box, Formula, Key, key_of, layout_of, peek, unpack, version_of, weak_reference
 from .formulas import ACTIVATIONS, SAVES_INPUT, Activated, Kept, Sum
 
 _MAX_DEPTH = 4  # so many maps of a chain of residual sums are there at once in backward, and every fifth is kept
 _MAX_LEVELS = 4  # of a formula: activations and sums within each other
-_peeked = threading.local()
 _equal: dict[tuple[Any, ...], bool] = {}  # by kind of formula: whether it gave the bits of the forward pass
+
+
+class Seen(NamedTuple):
+    """A tensor that went into a module or came out of one: its key, and what shows whether it was changed since."""
+
+    key: Key
+    storage: StorageWeakRef
+    version: Tensor | None  # without values, but with the tensor's counter of changes; only if it has a formula
 
 
 class Forward:
@@ -32,7 +38,7 @@ class Forward:
         self.outer_hooks = outer_hooks
         self.boxes: dict[Key, ReferenceType[Box]] = {}
         self.formulas: dict[Key, tuple[Formula, StorageWeakRef]] = {}  # of maps that nobody has saved yet
-        self.seen: dict[tuple[Any, int], tuple[Key, StorageWeakRef, ReferenceType[Tensor]]] = {}  # by node and output
+        self.seen: dict[tuple[Any, int], Seen] = {}  # by node and output
         self.found: dict[Any, Formula | None] = {}  # formulas by node
         self.hooks: Any = torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
 
@@ -69,7 +75,7 @@ class Forward:
             return
         node = normalization.node_under(output.grad_fn)
         if node is not None and node not in self.found:
-            self.found[node] = normalization.read(node, layer, peek)
+            self.found[node] = normalization.read(node, layer)
             self.seen.pop((output.grad_fn, output.output_nr), None)  # by an activation within the layer: too early
             self._read_activation(output.grad_fn)
 
@@ -97,26 +103,32 @@ class Forward:
         for tensor in tensors if isinstance(tensors, tuple | list) else (tensors,):
             if type(tensor) not in PLAIN or tensor.grad_fn is None:
                 continue
-            output = tensor.grad_fn, tensor.output_nr
+            node, output = tensor.grad_fn, (tensor.grad_fn, tensor.output_nr)
             if output in self.seen:
-                (storage, version, *_), *_ = self.seen[output]
-                if tensor._version != version or tensor.untyped_storage()._cdata != storage:
-                    self.found[tensor.grad_fn] = None  # changed, and autograd did not see it
+                address, changes, *_ = self.seen[output].key
+                if tensor._version != changes or tensor.untyped_storage()._cdata != address:
+                    self.found[node] = None  # changed, and autograd did not see it
                 continue
             key = key_of(tensor)
             if key is not None:
-                storage = weak_reference(tensor)
-                self.seen[output] = key, storage, ref(tensor)
-                formula = self._formula(tensor.grad_fn)
-                if formula is not None and formula.depth <= _MAX_DEPTH and _computes(formula, tensor):
-                    self.formulas[key] = formula, storage
-                    box = self._box(key)
-                    if box is not None:
-                        box.compute_later(formula)
+                formula = self._formula(node)
+                storage, version = weak_reference(tensor), None if formula is None else version_of(tensor)
+                self.seen[output] = Seen(key, storage, version)
+                if formula is not None and formula.depth <= _MAX_DEPTH:
+                    self._save_less(tensor, key, formula)
+
+    def _save_less(self, tensor: Tensor, key: Key, formula: Formula) -> None:
+        if not self._is_intact(tensor.grad_fn, key[0]):
+            self.found[tensor.grad_fn] = None
+        elif _computes(formula, tensor):
+            self.formulas[key] = formula, weak_reference(tensor)
+            box = self._box(key)
+            if box is not None:
+                box.compute_later(formula)
 
     def _formula(self, node: Any, levels: int = _MAX_LEVELS) -> Formula | None:
         """Return the formula of a node's output, None if there is none (yet: a layer that activates ends later)."""
-        if node is None or levels == 0 or self._was_changed(node):
+        if node is None or levels == 0:
             return None
         if node in self.found:
             return self.found[node]
@@ -131,11 +143,16 @@ class Forward:
             self.found[node] = formula
         return formula
 
-    def _was_changed(self, node: Any) -> bool:
-        """Whether a node's output, if it is still there, was changed without a record of it."""
-        key, _, reference = self.seen.get((node, 0), (None, None, None))
-        tensor = None if reference is None else reference()
-        return tensor is not None and tensor.grad_fn is node and key is not None and tensor._version != key[1]
+    def _is_intact(self, node: Any, storage: Any, steps: int = 0) -> bool:
+        """Whether only recorded operators wrote to what a tensor in ``storage`` was computed from in ``steps``."""
+        seen = self.seen.get((node, 0)) if steps else None
+        if seen is not None and seen.version is not None:
+            changes: int = seen.version._version - seen.key[1]
+            # all steps were in place, or the last one was not
+            return changes == steps if bool(seen.key[0] == storage) else changes < steps
+        is_part = type(node).__name__ in (*ACTIVATIONS, "AddBackward0") and steps < _MAX_LEVELS
+        edges = node.next_functions if is_part else ()
+        return all(self._is_intact(edge, storage, steps + 1) for edge, _ in edges if edge is not None)
 
     def _sum(self, edges: tuple[tuple[Any, int], ...], levels: int) -> Sum | None:
         """Return the formula of a residual sum: of two normalized maps, or of one and a map that is kept."""
@@ -148,8 +165,8 @@ class Forward:
 
     def _kept(self, node: Any, output_nr: int) -> Kept | None:
         """Return a node's output, if it was seen and the graph keeps it."""
-        key, *_ = self.seen.get((node, output_nr), (None,))
-        box = None if key is None else self._box(key)
+        seen = self.seen.get((node, output_nr))
+        box = None if seen is None else self._box(seen.key)
         return None if box is None or box.is_changed else Kept(box)
 
     def close(self) -> None:
@@ -161,26 +178,6 @@ class Forward:
         for table in (self.boxes, self.formulas, self.seen, self.found):
             table.clear()
         self.frame = self.hooks = self.outer_hooks = None  # no cycle
-
-
-def unpack(box: Box) -> Tensor:
-    """Give a saved tensor back; while `peek` is at work, only note the box."""
-    boxes = getattr(_peeked, "boxes", None)
-    if boxes is None:
-        return box.unpack()
-    boxes.append(box)
-    return torch.empty(0)
-
-
-def peek(read: Any) -> list[Box]:
-    """Return the boxes of the saved tensors that ``read`` reads from a node."""
-    boxes: list[Box] = []
-    _peeked.boxes = boxes
-    try:
-        read()
-    finally:
-        _peeked.boxes = None
-    return boxes
 
 
 def _computes(formula: Formula, tensor: Tensor) -> bool:

@@ -1,6 +1,5 @@
 """Read a normalization layer's autograd node: how to normalize again, to the bit, from what the graph keeps."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,10 +9,9 @@ from torch import Tensor, nn
 
 from ..ops.autograd import STEP_NODE
 from ..ops.reference import Running
-from .boxes import PLAIN, Box
+from .boxes import PLAIN, Box, peek
 from .formulas import ACTIVATIONS, Normalized
 
-Peek = Callable[[Callable[[], object]], list[Box]]
 _EPS = {"NativeBatchNormBackward0": "_saved_eps", "CudnnBatchNormBackward0": "_saved_epsilon"}
 _one_pass: dict[tuple[Any, ...], bool] = {}  # by kind of input: whether `_by_statistics` gives the bits of `_anew`
 
@@ -22,8 +20,8 @@ def node_under(node: Any) -> Any:
     """Return the node of the normalization in a layer that may activate too; None if there is none."""
     while node is not None and type(node).__name__ in ACTIVATIONS:
         node = node.next_functions[0][0]
-    is_one = node is not None and (type(node).__name__ in _EPS or getattr(node, "summed", None) is not None)
-    return node if is_one else None
+    name = type(node).__name__
+    return node if name in _EPS or (name == STEP_NODE and getattr(node, "summed", None) is not None) else None
 
 
 def is_known(layer: nn.Module) -> bool:
@@ -31,11 +29,8 @@ def is_known(layer: nn.Module) -> bool:
     return type(layer).forward.__module__.partition(".")[0] in ("torch", "syncbn", "timm")
 
 
-def read(node: Any, layer: nn.Module, peek: Peek) -> Normalized | None:
-    """Return how to compute the output of a layer's node again, None if that cannot be known.
-
-    ``peek`` calls a function that reads saved tensors, and returns their boxes.
-    """
+def read(node: Any, layer: nn.Module) -> Normalized | None:
+    """Return how to compute the output of a layer's node again, None if that cannot be known."""
     if "bias" not in layer._parameters or not is_known(layer):
         return None
     bias = layer._parameters["bias"]
@@ -43,7 +38,7 @@ def read(node: Any, layer: nn.Module, peek: Peek) -> Normalized | None:
     if type(node).__name__ == STEP_NODE:
         x, *rest = peek(lambda: node.saved_tensors)
         weight = rest[0].tensor if len(rest) == 2 else None
-        if bias is not None and not _is_bias(bias, node.next_functions[len(rest)][0]):
+        if x.is_changed or (bias is not None and not _is_bias(bias, node.next_functions[len(rest)][0])):
             return None
         apply = partial(_by_sums, node.kernels, node.summed, _copy(weight), _copy(bias), node.eps)
         return Normalized(x, apply, kind)
@@ -96,7 +91,8 @@ def _slope(invstd: Tensor, weight: Tensor | None) -> Tensor:
 
 def _by_statistics(mean: Tensor, slope: Tensor, bias: Any, x: Tensor) -> Tensor:
     """Normalize in one pass: eval mode with a variance of 1 and invstd within the weight."""
-    return F.batch_norm(x, mean, torch.ones_like(mean), slope, bias, False, 0.0, 0.0)
+    one = torch.ones_like(mean)  # F.batch_norm refuses an eps of 0 before torch 2.13
+    return torch.batch_norm(x, slope, bias, mean, one, False, 0.0, 0.0, False)
 
 
 def _is_one_pass(box: Box, *affine: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import private
 from .forward import Forward
@@ -50,6 +51,8 @@ def save_memory(model: M) -> M:
     if not private.can_see_hooks:
         _tell(f"it needs torch 2.7, and this is {torch.__version__}")
         return model
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        warnings.warn(f"syncbn.save_memory found no BatchNorm layer in this {type(model).__name__}.", stacklevel=2)
     for module in model.modules():
         if _HANDLES not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
             module.__dict__[_HANDLES] = (
@@ -75,7 +78,8 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
         _open(sys._getframe(1))
     elif _is_on_top(forward):
         forward.look_at(args)
-        forward.look_at(kwargs)
+        if kwargs:
+            forward.look_at(kwargs)
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:

@@ -54,6 +54,7 @@ def forward_reduce(x: Tensor, num_batches_tracked: Tensor | None = None) -> Tens
 
 
 def _reduce_in_graph(x: Tensor) -> Tensor:
+    """Compute ``packed`` of `forward_reduce` from mean and variance of ``x - first``, ``first`` of each channel."""
     dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
     if count == 0:
         return x.new_zeros(2 * x.shape[1] + 1, dtype=_WIDE)
@@ -111,7 +112,7 @@ def batch_statistics(summed: Tensor, running: Running, eps: float, is_empty: boo
             else:
                 old.add_(step, alpha=momentum or 0.0)
     invstd = (sqdev / (count.clamp(min=1) if is_empty else count)).add_(eps).rsqrt_()
-    # in a graph as often as there are channels: one kernel less
+    # in a graph the count as often as there are channels: one kernel less
     return torch.cat([mean, invstd, count.expand(len(mean) if torch.compiler.is_compiling() else 1)])
 
 
@@ -135,7 +136,10 @@ def backward_reduce(
     shift = mean if dtype == _WIDE else mean.to(dtype)
     sum_dy = dy.sum(dims, dtype=dtype)
     sum_dy_xmu = (x - shift.view(1, -1, *[1] * (x.dim() - 2))).mul_(dy).sum(dims)
-    sum_dy, sum_dy_xmu = _both_to(_WIDE, sum_dy, sum_dy_xmu)
+    if dtype != _WIDE and torch.compiler.is_compiling():  # each within the kernel that makes it
+        sum_dy, sum_dy_xmu = sum_dy.to(_WIDE), sum_dy_xmu.to(_WIDE)
+    elif dtype != _WIDE:
+        sum_dy, sum_dy_xmu = torch.stack([sum_dy, sum_dy_xmu]).to(_WIDE).unbind()
     sum_dy_xhat = torch.addcmul(sum_dy_xmu, shift - mean, sum_dy) * invstd
     grad_weight = None if weight_dtype is None else sum_dy_xhat.to(weight_dtype)
     grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype)
@@ -152,23 +156,16 @@ def backward_apply(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | N
     offset, tilt = ((summed / -statistics[-1]).view(2, -1) * scale).unbind()
     dtype = SUM_DTYPE.get(x.dtype, x.dtype)
     slope = tilt * invstd
-    scale, slope = _both_to(dtype, scale, slope)
+    if dtype != _WIDE and torch.compiler.is_compiling():
+        scale, slope = scale.to(dtype), slope.to(dtype)
+    elif dtype != _WIDE:
+        scale, slope = torch.stack([scale, slope]).to(dtype).unbind()
     constant = offset - mean * slope
     if dtype != _WIDE:
         constant = constant.to(dtype)
     dx = _affine(x if x.dtype == dtype else x.to(dtype), slope, constant)
     dx = dx.addcmul_(dy, scale.view(1, -1, *[1] * (x.dim() - 2)))
     return dx if x.dtype == dtype else dx.to(x.dtype)
-
-
-def _both_to(dtype: torch.dtype, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert two tensors of one dtype: in one operator, or each within the kernel that makes it."""
-    if a.dtype == dtype:
-        return a, b
-    if torch.compiler.is_compiling():
-        return a.to(dtype), b.to(dtype)
-    a, b = torch.stack([a, b]).to(dtype).unbind()
-    return a, b
 
 
 def _affine(x: Tensor, slope: Tensor, constant: Tensor) -> Tensor:

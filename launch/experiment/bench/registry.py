@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from experiment.bench import collectives, contenders, layer, memory, saving, training_step
+from experiment.bench import collectives, contenders, layer, memory, save_memory, training_step
 from experiment.bench.scaling import measure, tables
 from experiment.bench.tables import Table
 
@@ -25,7 +25,7 @@ PARTS = {
     "step": Part(training_step.measure, training_step.tabulate),
     "collectives": Part(collectives.measure, collectives.tabulate),
     "memory": Part(memory.measure, memory.tabulate),
-    "saving": Part(saving.measure, saving.tabulate),
+    "save_memory": Part(save_memory.measure, save_memory.tabulate),
     "scale": Part(measure.measure, tables.tabulate),
 }
 

@@ -1,6 +1,8 @@
 """What `syncbn.save_memory` saves and costs: bytes kept for backward, peak and time of a training step, per model."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ def measure(config: DictConfig) -> list[Row]:
         the process had before the step), and what `timing.summarize` says.
     """
     setting, rows = spawn.Setting(config.timeout, config.device, config.threads, fake=True), []
-    for name in config.saving.models:
-        sizes = {kind: spawn.run(_sizes, 1, setting, config, name, kind)[0] for kind in CONTENDERS}
+    for name in config.save_memory.models:
+        with _memory_returned_at_once():
+            sizes = {kind: spawn.run(_sizes, 1, setting, config, name, kind)[0] for kind in CONTENDERS}
         [times] = spawn.run(_times, 1, setting, config, name)
         for row in timing.summarize(times, (PLAIN,)):
             saved, peak = sizes[row["contender"]]
@@ -34,10 +37,24 @@ def measure(config: DictConfig) -> list[Row]:
     return rows
 
 
+@contextmanager
+def _memory_returned_at_once() -> Iterator[None]:
+    """Let processes started here return every map when it is freed (glibc): else resident memory is left to chance."""
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = "65536"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _make(config: DictConfig, name: str, kind: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = UNet() if name == "unet" else classifiers.torchvision(name, 1000)
-    part = config.saving
+    part = config.save_memory
     images = torch.randn(part.per_rank_batch_size, 3, part.image_size, part.image_size, device=config.device)
     model = model.to(config.device)
     return syncbn.save_memory(model) if kind == SAVING else model, images
@@ -67,7 +84,7 @@ def _sizes(config: DictConfig, name: str, kind: str) -> tuple[int, int]:
 
 def _times(config: DictConfig, name: str) -> timing.Times:
     steps = {kind: _step(*_make(config, name, kind)) for kind in CONTENDERS}
-    return timing.interleave(steps, config.saving.rounds, device=config.device)
+    return timing.interleave(steps, config.save_memory.rounds, device=config.device)
 
 
 def tabulate(rows: Sequence[Row]) -> list[Table]:
