@@ -2,7 +2,7 @@
 
     python launch/bench.py                                                   # about six minutes on two cores
     python launch/bench.py 'parts=[layer]' 'layer.shapes=[[4,64,56,56]]'
-    python launch/bench.py 'parts=[step]' model.arch=resnet50 step.world_size=4 step.compile=true
+    python launch/bench.py 'parts=[step]' model.arch=resnet50 step.world_size=4
     python launch/bench.py device=cuda                                       # NCCL, one GPU per rank
 
 Tables appear here and, with all numbers and a plot, in `output_dir`: bench.md, bench.json, bench.svg, bench.png.

@@ -120,6 +120,40 @@ def test_bare_is_plain_batchnorm_that_waits_as_long(run):
         assert bare == (2, 8 * (2 * 3 + 1 + 2 * 3))
 
 
+def bare_in_a_graph(rank, world_size):
+    """Outputs and gradients of both, eager and in a graph, and how often each of its passes all-reduces."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    found = []
+
+    def compiler(graph, inputs):
+        found.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    results = []
+    for name in ("plain", "bare"):
+        torch.manual_seed(rank)
+        layers = [CONTENDERS[name].convert(affine(nn.BatchNorm2d(3))), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1)]
+        model = nn.Sequential(*layers, CONTENDERS[name].convert(nn.BatchNorm2d(3)))
+        x = torch.randn(4, 3, 5, 5, requires_grad=True)
+        run = (
+            model
+            if name == "plain"
+            else torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+        )
+        y = run(x)
+        y.backward(torch.randn_like(y))
+        results.append((y.detach(), x.grad, model[0].running_var))
+    return [(a - b).abs().max().item() for a, b in zip(*results, strict=True)], found
+
+
+def test_bare_in_a_graph_too(run):
+    for differences, num_all_reduces in run(bare_in_a_graph, 2):
+        assert max(differences) < 1e-5
+        assert num_all_reduces == [2, 2]
+
+
 def test_the_floor_copies():
     x, dy = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
     with spawn.fake_group():
@@ -233,7 +267,7 @@ def test_rows_of_the_layer():
     names = ["plain", "reference", "composed", "floor"]
     assert [((row["shape"], row["format"]), row["contender"]) for row in rows] == list(product(cases, names))
     for row in rows:
-        assert row["ratios"].keys() == set(layer.BASES)
+        assert row["ratios"].keys() == {"plain", "floor"}
         assert all(0 < low <= median <= high for low, median, high in (row["ms"], *row["ratios"].values()))
         if row["contender"] == "plain":
             assert row["ratios"]["plain"] == (1, 1, 1)
@@ -273,6 +307,24 @@ def test_a_part_without_its_base_has_no_ratios_to_it():
     summary, by_case = layer.tabulate(rows)
     assert summary.rows[0][1:5] == ["", "", "", ""]
     assert len({len(line) for line in [by_case.columns, *by_case.rows]}) == 1
+
+
+@pytest.mark.slow
+def test_compiled_beside_eager():
+    options = "layer.contenders=[plain,plain_compiled,compiled]", "step.contenders=[plain,bare_compiled,compiled]"
+    config = composed("timeout=300", "layer.shapes=[[2,3,4,4]]", *options)
+    rows = layer.measure(config)
+    assert [row["graph_breaks"] for row in rows] == [None, 0, 0] * 2
+    summary, by_case = layer.tabulate(rows)
+    assert [line[3] for line in summary.rows[:2]] == ["1.00", "1.00"]
+    assert float(summary.rows[2][3]) > 0
+    assert by_case.rows[0][3].startswith("1.00")
+    rows = training_step.measure(config)
+    assert [row["graph_breaks"] for row in rows] == [None, 0, 0]
+    [table] = training_step.tabulate(rows)
+    assert [line[-1] for line in table.rows] == ["", "0", "0"]
+    assert table.rows[0][2] == ""  # bare, not compiled, is not among them
+    assert table.rows[1][2].startswith("1.00")
 
 
 @pytest.mark.slow

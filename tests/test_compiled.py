@@ -118,3 +118,64 @@ def test_steps_do_not_compile_again(run, dynamic, most):
         if not IS_OLD:
             assert num_graphs[-1] == num_graphs[1] <= most
         assert difference < 1e-3
+
+
+def losses_with(rank, world_size, settings):
+    """Two steps, eager and compiled with settings of Inductor; returns the largest difference of a gradient."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    eager = syncbn.convert(net(3))
+    model = copy.deepcopy(eager)
+    known = {key: value for key, value in settings.items() if hasattr(config, key)}
+    with config.patch(known):
+        compiled = torch.compile(model, fullgraph=True)
+        for seed in (1, 2):
+            x = torch.randn(2 + rank, 16, 6, 6, generator=torch.Generator().manual_seed(seed))
+            step(eager, x)
+            step(compiled, x)
+    pairs = zip(eager.parameters(), model.parameters(), strict=True)
+    return len(known), max((a.grad - b.grad).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VERSION < (2, 9), reason="torch buckets and reorders these collectives since 2.9")
+def test_with_the_collectives_bucketed_and_reordered(run):
+    """Exchanges depend on each other, so that nothing can be gained; nothing may be lost."""
+    settings = {
+        "bucket_all_reduces_fx": "all",
+        "bucket_all_gathers_fx": "all",
+        "reorder_for_compute_comm_overlap": True,
+    }
+    for num_known, difference in run(losses_with, 2, settings, timeout=300):
+        assert num_known == 3
+        assert difference < 1e-3
+
+
+def cache_counts(rank, world_size, folder):
+    """Compile the same model twice, the second time as a new process would; returns counters, and gradients."""
+    import os
+
+    from torch._functorch import config
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{rank}"
+    results = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        model = syncbn.convert(net())
+        with config.patch(autograd_cache_allow_custom_autograd_functions=True, strict_autograd_cache=True):
+            step(torch.compile(model, fullgraph=True), torch.randn(2 + rank, 16, 6, 6))
+        results.append((dict(counters["aot_autograd"]), [p.grad for p in model.parameters()]))
+    (first, gradients), (second, same) = results
+    return first, second, all(map(torch.equal, gradients, same))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VERSION < (2, 9), reason="torch caches graphs with autograd Functions since 2.9")
+def test_graphs_come_from_the_cache(run, tmp_path):
+    for first, second, is_same in run(cache_counts, 2, str(tmp_path), timeout=300):
+        assert first["autograd_cache_saved"] == 1
+        assert second["autograd_cache_hit"] == 1
+        assert is_same

@@ -14,25 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.compat import all_gather_single
 
 
-class BareBatchNorm(_BatchNorm):
-    """Normalize as nn.BatchNorm does, per rank, and all-reduce as many numbers as SyncBatchNorm, where it does.
-
-    2C + 1 float64 numbers before the forward pass and 2C before the backward pass, all zeros, each waited for: the
-    least that a layer which blocks on its all-reduces can take.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Exchange nothing of use, then normalize."""
-        zeros = input.new_zeros(2 * self.num_features + 1, dtype=torch.float64)
-        dist.all_reduce(zeros)
-        y: Tensor = super().forward(input)
-        y.register_hook(lambda _: dist.all_reduce(zeros[:-1]))  # type: ignore[no-untyped-call]
-        return y
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
 class Floor(_BatchNorm):
     """Copy ``x`` four times: what a layer has to move that keeps nothing in a cache, at the speed of torch's copy.
 

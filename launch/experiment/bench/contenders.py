@@ -1,13 +1,15 @@
-"""The implementations that are measured: how each converts a model with nn.BatchNorm, and its kernels."""
+"""The implementations that are measured: how each converts a model with nn.BatchNorm, its kernels, and if compiled."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 import syncbn
 from experiment.bench import baselines
+from experiment.bench.bare import BareBatchNorm
 
 
 class Contender(NamedTuple):
@@ -16,11 +18,12 @@ class Contender(NamedTuple):
     label: str
     convert: Callable[[nn.Module], nn.Module]
     kernels: str = "auto"
+    is_compiled: bool = False
 
 
-CONTENDERS = {
+_EAGER = {
     "plain": Contender("nn.BatchNorm", lambda model: model),
-    "bare": Contender("nn.BatchNorm + bare all_reduces", partial(baselines.replace, cls=baselines.BareBatchNorm)),
+    "bare": Contender("nn.BatchNorm + bare all_reduces", partial(baselines.replace, cls=BareBatchNorm)),
     "cpu": Contender("SyncBatchNorm, C++ kernels", syncbn.convert, "cpu"),
     "reference": Contender("SyncBatchNorm, reference kernels", syncbn.convert, "reference"),
     "composed": Contender(
@@ -29,6 +32,33 @@ CONTENDERS = {
     "gather": Contender("gather-based, reference kernels", partial(baselines.replace, cls=baselines.GatherBatchNorm)),
     "floor": Contender("streaming floor", partial(baselines.replace, cls=baselines.Floor)),
 }
+CONTENDERS = _EAGER | {
+    "plain_compiled": _EAGER["plain"]._replace(label="nn.BatchNorm, torch.compile", is_compiled=True),
+    "bare_compiled": _EAGER["bare"]._replace(label="nn.BatchNorm + bare all_reduces, torch.compile", is_compiled=True),
+    "compiled": Contender("SyncBatchNorm, torch.compile", syncbn.convert, is_compiled=True),
+}
+
+
+def prepare(name: str, model: nn.Module, device: str | torch.device) -> nn.Module:
+    """Make ``model`` the contender, on ``device``, compiled if it is to be; sizes are fixed in its graphs."""
+    model = CONTENDERS[name].convert(model).to(device)
+    return torch.compile(model, dynamic=False) if CONTENDERS[name].is_compiled else model  # type: ignore[return-value]
+
+
+def run_alike(base: str, name: str) -> str:
+    """Return the contender that is ``base`` and, if the one called ``name`` is compiled, compiled."""
+    return f"{base}_compiled" if CONTENDERS[name].is_compiled else base
+
+
+def count_graph_breaks(name: str, run: Callable[[], object]) -> int | None:
+    """Compile by a first run, and count; None for what is not compiled."""
+    if not CONTENDERS[name].is_compiled:
+        return None
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    run()
+    return sum(counters["graph_break"].values())
 
 
 def check(names: Sequence[str]) -> None:

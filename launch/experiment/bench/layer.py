@@ -8,13 +8,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from experiment.bench import timing
-from experiment.bench.contenders import CONTENDERS
+from experiment.bench.contenders import CONTENDERS, count_graph_breaks, prepare, run_alike
 from experiment.bench.spawn import fake_group
 from experiment.bench.tables import Table, ratio, shape_text, spread
 from syncbn import use_kernels
 
 Row = dict[str, Any]
-BASES = ("plain", "composed", "floor")
+BASES = ("plain", "plain_compiled", "floor")
 _CLASSES = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -23,8 +23,8 @@ def measure(config: DictConfig) -> list[Row]:
     """Time one forward and backward pass of every contender, for every shape and memory format.
 
     Returns:
-        Rows of `shape`, `format` ("contiguous" or "channels_last", which inputs of 2 and 3 dimensions do not have)
-        and what `timing.summarize` says.
+        Rows of `shape`, `format` ("contiguous" or "channels_last", which inputs of 2 and 3 dimensions do not have),
+        `graph_breaks`, None for what is not compiled, and what `timing.summarize` says.
     """
     part, rows = config.layer, []
     cases = [(tuple(s), f) for s in part.shapes for f in part.formats if f == "contiguous" or len(s) in _LAST]
@@ -32,16 +32,20 @@ def measure(config: DictConfig) -> list[Row]:
     with fake_group():
         for shape, form in cases:
             x, dy = (_random(shape, form, part.dtype, config.device) for _ in range(2))
+            if any(CONTENDERS[name].is_compiled for name in part.contenders):
+                torch.compiler.reset()  # a graph for each case would be too many for one function
             passes = {name: _both_passes(make_layer(name, x), x, dy) for name in part.contenders}
+            breaks = {name: count_graph_breaks(name, run) for name, run in passes.items()}
             times = timing.interleave(passes, part.rounds, lambda n: use_kernels(CONTENDERS[n].kernels), config.device)
-            rows += [{"shape": list(shape), "format": form, **row} for row in timing.summarize(times, BASES)]
+            for row in timing.summarize(times, BASES):
+                rows.append({"shape": list(shape), "format": form, "graph_breaks": breaks[row["contender"]], **row})
     return rows
 
 
 def make_layer(name: str, x: Tensor) -> nn.Module:
     """Make the contender's layer for inputs like ``x``; parameters are float32 for half types."""
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    return CONTENDERS[name].convert(_CLASSES[x.dim()](x.shape[1], device=x.device, dtype=dtype))
+    return prepare(name, _CLASSES[x.dim()](x.shape[1], dtype=dtype), x.device)
 
 
 def _both_passes(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
@@ -65,16 +69,18 @@ def _summary(rows: Sequence[Row], names: Sequence[str]) -> Table:
     forms = list(dict.fromkeys(row["format"] for row in rows))
     lines = []
     for name in names:
-        mine = [row for row in rows if row["contender"] == name]
-        means = [_mean([row for row in mine if row["format"] == form], "plain") for form in forms]
-        worst = max((row["ratios"]["plain"].median for row in mine if "plain" in row["ratios"]), default=None)
-        ends = [_mean(mine, "composed"), _mean(mine, "floor")]
-        lines.append([CONTENDERS[name].label, *means, _mean(mine, "plain"), ratio(worst), *ends])
-    columns = ["", *forms, "all", "worst", "to composed", "to floor"]
+        mine, plain = [row for row in rows if row["contender"] == name], run_alike("plain", name)
+        means = [_mean([row for row in mine if row["format"] == form], plain) for form in forms]
+        worst = max((row["ratios"][plain].median for row in mine if plain in row["ratios"]), default=None)
+        ends = [_mean(mine, "plain"), _mean(mine, "floor")]
+        lines.append([CONTENDERS[name].label, *means, _mean(mine, plain), ratio(worst), *ends])
+    columns = ["", *forms, "all", "worst", "to it eager", "to floor"]
+    num_breaks = [row["graph_breaks"] for row in rows if row["graph_breaks"] is not None]
     note = (
-        "Time over that of nn.BatchNorm; the last columns over that of the composed layer and of the streaming floor. "
-        "Geometric means over shapes of the medians of ratios within a round."
-    )
+        "Time over that of nn.BatchNorm, of compiled ones over that of nn.BatchNorm compiled; the last columns over "
+        "that of nn.BatchNorm not compiled, and of the streaming floor. Geometric means over shapes of the medians of "
+        "ratios within a round."
+    ) + (f" Graph breaks: {sum(num_breaks)}." if num_breaks else "")
     return Table("Layer, forward and backward", columns, lines, note)
 
 
@@ -89,9 +95,9 @@ def _by_case(rows: Sequence[Row], names: Sequence[str]) -> Table:
         cases.setdefault((shape_text(row["shape"]), row["format"]), {})[row["contender"]] = row
     lines = []
     for case, of in cases.items():
-        cells = [spread(of[name]["ratios"].get("plain")) for name in names if name != "plain"]
+        cells = [spread(of[name]["ratios"].get(run_alike("plain", name))) for name in names if name != "plain"]
         lines.append([*case, *([f"{of['plain']['ms'].median:.3g}"] if "plain" in of else []), *cells])
     plain = ["plain, ms"] if "plain" in names else []
-    note = "Median (quartiles) of the ratios to plain nn.BatchNorm within a round."
+    note = "Median (quartiles) of the ratios to plain nn.BatchNorm, of compiled to compiled, within a round."
     columns = ["shape", "format", *plain, *(name for name in names if name != "plain")]
     return Table("Layer by shape", columns, lines, note)

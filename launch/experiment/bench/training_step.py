@@ -15,48 +15,40 @@ from omegaconf import DictConfig
 from torch import nn
 
 from experiment.bench import spawn, timing
-from experiment.bench.contenders import CONTENDERS
+from experiment.bench.contenders import CONTENDERS, count_graph_breaks, prepare, run_alike
 from experiment.bench.tables import Table, spread
 from experiment.training.instantiate import instantiate
 from syncbn import use_kernels
 
 Row = dict[str, Any]
-BASES = ("bare", "plain")
+BASES = ("bare", "plain", "bare_compiled", "plain_compiled")
 NUM_CLASSES = 1000
-_COMPILED = "_compiled"  # behind the name of a contender
 
 
 def measure(config: DictConfig) -> list[Row]:
     """Time training steps of every contender, all ranks on the same one at a time; the slowest rank counts.
 
     Returns:
-        Rows of what `timing.summarize` says, and `graph_breaks` for compiled models.
+        Rows of what `timing.summarize` says, and `graph_breaks`, None for what is not compiled.
     """
     setting = spawn.Setting(config.timeout, config.device, config.threads)
     answers = spawn.run(_on_rank, config.step.world_size, setting, config)
     times = timing.slowest([times for times, _ in answers])
     breaks = answers[0][1]
     rows = timing.summarize(times, BASES)
-    return [{**row, "graph_breaks": breaks.get(row["contender"])} for row in rows]
+    return [{**row, "graph_breaks": breaks[row["contender"]]} for row in rows]
 
 
-def _on_rank(config: DictConfig) -> tuple[timing.Times, dict[str, int]]:
-    part, graph_breaks = config.step, {}
-    names = [*part.contenders]
-    if part.compile:
-        names += [f"{name}{_COMPILED}" for name in part.contenders if name in ("plain", "reference")]
-    steps = {name: _make(config, name) for name in names}
-    for name in names:
-        if name.endswith(_COMPILED):
-            with _together(name):
-                graph_breaks[name] = _count_graph_breaks(steps[name])
-    return timing.interleave(steps, part.rounds, _together, config.device), graph_breaks
+def _on_rank(config: DictConfig) -> tuple[timing.Times, dict[str, int | None]]:
+    steps = {name: _make(config, name) for name in config.step.contenders}
+    graph_breaks = {name: count_graph_breaks(name, step) for name, step in steps.items()}
+    return timing.interleave(steps, config.step.rounds, _together, config.device), graph_breaks
 
 
 @contextmanager
 def _together(name: str) -> Iterator[None]:
     """Choose the kernels, then wait for the other ranks."""
-    with use_kernels(CONTENDERS[name.removesuffix(_COMPILED)].kernels):
+    with use_kernels(CONTENDERS[name].kernels):
         dist.barrier()
         yield
 
@@ -64,8 +56,7 @@ def _together(name: str) -> Iterator[None]:
 def _make(config: DictConfig, name: str) -> Callable[[], object]:
     torch.manual_seed(0)
     model: nn.Module = instantiate(config.model, num_classes=NUM_CLASSES, in_channels=3)
-    model = CONTENDERS[name.removesuffix(_COMPILED)].convert(model).to(config.device)
-    model = torch.compile(model) if name.endswith(_COMPILED) else model  # type: ignore[assignment]
+    model = prepare(name, model, config.device)
     torch.manual_seed(dist.get_rank())
     return make_step(model, config.step.per_rank_batch_size, config.step.image_size, config.device)
 
@@ -84,32 +75,23 @@ def make_step(model: nn.Module, batch_size: int, image_size: int, device: str) -
     return step
 
 
-def _count_graph_breaks(step: Callable[[], object]) -> int:
-    from torch._dynamo.utils import counters
-
-    counters.clear()
-    step()
-    return sum(counters["graph_break"].values())
-
-
 def tabulate(rows: Sequence[Row]) -> list[Table]:
     """Lay out times and ratios by contender."""
     lines = [
         [
-            _label(row["contender"]),
+            CONTENDERS[row["contender"]].label,
             spread(row["ms"], digits=1),
-            *(spread(row["ratios"].get(base)) for base in BASES),
+            *(spread(row["ratios"].get(run_alike(base, row["contender"]))) for base in ("bare", "plain")),
+            spread(row["ratios"].get("plain")),
             "" if row["graph_breaks"] is None else str(row["graph_breaks"]),
         ]
         for row in rows
     ]
-    columns = ["", "ms", "to bare all_reduces", "to nn.BatchNorm", "graph breaks"]
-    note = "Median (quartiles) of the slowest rank's time and of the ratios within a round. Without DDP."
+    columns = ["", "ms", "to bare all_reduces", "to nn.BatchNorm", "to it eager", "graph breaks"]
+    note = (
+        "Median (quartiles) of the slowest rank's time and of the ratios within a round, of compiled ones to compiled "
+        "ones but in the column that says eager. Without DDP."
+    )
     if not any(line[-1] for line in lines):
         columns, lines = columns[:-1], [line[:-1] for line in lines]
     return [Table("Training step", columns, lines, note)]
-
-
-def _label(name: str) -> str:
-    label = CONTENDERS[name.removesuffix(_COMPILED)].label
-    return f"{label}, torch.compile" if name.endswith(_COMPILED) else label
