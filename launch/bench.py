@@ -1,6 +1,6 @@
 """Measure the layer, a training step, collectives, memory and growth, next to other implementations in the same run.
 
-    python launch/bench.py                                                   # about six minutes on two cores
+    python launch/bench.py                                                   # about ten minutes on two cores
     python launch/bench.py 'parts=[layer]' 'layer.shapes=[[4,64,56,56]]'
     python launch/bench.py 'parts=[step]' model.arch=resnet50 step.world_size=4
     python launch/bench.py device=cuda                                       # NCCL, one GPU per rank

@@ -74,7 +74,7 @@ def _summary(rows: Sequence[Row], names: Sequence[str]) -> Table:
         worst = max((row["ratios"][plain].median for row in mine if plain in row["ratios"]), default=None)
         ends = [_mean(mine, "plain"), _mean(mine, "floor")]
         lines.append([CONTENDERS[name].label, *means, _mean(mine, plain), ratio(worst), *ends])
-    columns = ["", *forms, "all", "worst", "to it eager", "to floor"]
+    columns = ["", *forms, "all", "worst", "to eager nn.BatchNorm", "to floor"]
     num_breaks = [row["graph_breaks"] for row in rows if row["graph_breaks"] is not None]
     note = (
         "Time over that of nn.BatchNorm, of compiled ones over that of nn.BatchNorm compiled; the last columns over "

@@ -1,5 +1,6 @@
 """Memory: what one layer keeps for its backward pass, and what a training step takes at most."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from syncbn import use_kernels
 
 Row = dict[str, Any]
 MIB = 2**20
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 def measure(config: DictConfig) -> list[Row]:
@@ -76,6 +78,7 @@ def _of_layer(shape: list[int], name: str, device: str) -> Row:
 def _of_step(config: DictConfig, name: str) -> tuple[int, int]:
     """Measure in a process of its own, in which nothing was larger before."""
     part, device = config.memory, config.device
+    return_freed_memory_at_once()
     torch.manual_seed(0)
     model = CONTENDERS[name].convert(classifiers.torchvision(part.arch, NUM_CLASSES)).to(device)
     step = make_step(model, part.per_rank_batch_size, part.image_size, device)
@@ -86,6 +89,13 @@ def _of_step(config: DictConfig, name: str) -> tuple[int, int]:
         highest = peak(device) - before
         saved = saved_bytes(lambda: model(images), model.parameters())
     return saved, highest
+
+
+def return_freed_memory_at_once() -> None:
+    """Make malloc return every larger block when it is freed, where it is glibc's: else peaks are left to chance."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 65536)
 
 
 def peak(device: str) -> int:

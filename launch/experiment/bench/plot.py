@@ -13,6 +13,7 @@ from experiment.bench.timing import geometric_mean
 Row = dict[str, Any]
 MARKERS = {"contiguous": ("o", "#d55e00"), "channels_last": ("s", "#0072b2")}
 SAVINGS = {"kept for backward": ("o", "#0072b2"), "peak": ("s", "#d55e00"), "time": ("^", "#009e73")}
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": "medium"}
 INK, GRID, COLOR = "#1b1f24", "#dfe3e8", "#0072b2"
 
 
@@ -63,7 +64,7 @@ def _draw_layer(axes: Axes, rows: Sequence[Row]) -> None:
     axes.plot([], [], color=INK, linewidth=2, label="geometric mean")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_title("Layer: time over nn.BatchNorm (compiled over compiled), a point per shape", loc="left")
+    axes.set_title("Layer: time over nn.BatchNorm (compiled over compiled), per shape", **TITLE)
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=3, frameon=False)
 
 
@@ -74,7 +75,7 @@ def _draw_step(axes: Axes, rows: Sequence[Row]) -> None:
         axes.plot([low, high], [height, height], color=COLOR, linewidth=2)
         axes.plot([median], [height], "o", color=COLOR)
     axes.set_xlim(left=0)
-    axes.set_title("Training step: time over bare all_reduces (compiled over compiled), quartiles", loc="left")
+    axes.set_title("Training step: time over bare all_reduces (compiled over compiled)", **TITLE)
 
 
 def _draw_save_memory(axes: Axes, rows: Sequence[Row]) -> None:
@@ -84,7 +85,7 @@ def _draw_save_memory(axes: Axes, rows: Sequence[Row]) -> None:
         values = [_savings([row for row in rows if row["model"] == model])[number] for model in models]
         axes.plot(values, range(len(models)), marker, color=color, label=label)
     axes.set_xlim(left=0)
-    axes.set_title("save_memory: with it over without it", loc="left")
+    axes.set_title("save_memory: with it over without it", **TITLE)
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
 
 

@@ -1,8 +1,6 @@
 """What `syncbn.save_memory` saves and costs: bytes kept for backward, peak and time of a training step, per model."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,27 +26,12 @@ def measure(config: DictConfig) -> list[Row]:
     """
     setting, rows = spawn.Setting(config.timeout, config.device, config.threads, fake=True), []
     for name in config.save_memory.models:
-        with _memory_returned_at_once():
-            sizes = {kind: spawn.run(_sizes, 1, setting, config, name, kind)[0] for kind in CONTENDERS}
+        sizes = {kind: spawn.run(_sizes, 1, setting, config, name, kind)[0] for kind in CONTENDERS}
         [times] = spawn.run(_times, 1, setting, config, name)
         for row in timing.summarize(times, (PLAIN,)):
             saved, peak = sizes[row["contender"]]
             rows.append({"model": name, "saved": saved, "peak": peak, **row})
     return rows
-
-
-@contextmanager
-def _memory_returned_at_once() -> Iterator[None]:
-    """Let processes started here return every map when it is freed (glibc): else resident memory is left to chance."""
-    name = "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.get(name)
-    os.environ[name] = "65536"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def _make(config: DictConfig, name: str, kind: str) -> tuple[nn.Module, Tensor]:
@@ -73,6 +56,7 @@ def _step(model: nn.Module, images: Tensor) -> Callable[[], None]:
 
 def _sizes(config: DictConfig, name: str, kind: str) -> tuple[int, int]:
     """Measure in a process of its own, in which nothing was larger before."""
+    memory.return_freed_memory_at_once()
     model, images = _make(config, name, kind)
     _step(model, images[..., :32, :32])()  # the first step of all tries the formulas
     step = _step(model, images)

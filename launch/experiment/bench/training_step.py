@@ -87,7 +87,7 @@ def tabulate(rows: Sequence[Row]) -> list[Table]:
         ]
         for row in rows
     ]
-    columns = ["", "ms", "to bare all_reduces", "to nn.BatchNorm", "to it eager", "graph breaks"]
+    columns = ["", "ms", "to bare all_reduces", "to nn.BatchNorm", "to eager nn.BatchNorm", "graph breaks"]
     note = (
         "Median (quartiles) of the slowest rank's time and of the ratios within a round, of compiled ones to compiled "
         "ones but in the column that says eager. Without DDP."
