@@ -44,6 +44,6 @@ def how_chosen(results: ResultsTable) -> str | None:
         f"Before the grid was run, each arm tried these learning rates on seed {first['seed']}, which is none of the "
         f"grid's, with {first['world_size']} ranks, {count(first['per_rank_batch_size'], 'image')} per rank and a "
         f"schedule of at most {count(first['max_epochs'], 'epoch')}. Taken is the one with the least error on "
-        f"validation images, with {first['mode']} statistics, for all batch sizes, ranks and groups; where it was the lowest or highest, "
-        "further rates were tried. No test image was read."
+        f"validation images, with {first['mode']} statistics, for all batch sizes, ranks and groups; where it "
+        "was the lowest or highest, further rates were tried. No test image was read."
     )
