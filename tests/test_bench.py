@@ -17,8 +17,10 @@ from torch import nn
 
 from experiment.bench import (
     collectives,
+    contenders,
     layer,
     memory,
+    plot,
     rank_pool,
     registry,
     save_memory,
@@ -121,14 +123,15 @@ def test_bare_is_plain_batchnorm_that_waits_as_long(run):
 
 
 def bare_in_a_graph(rank, world_size):
-    """Outputs and gradients of both, eager and in a graph, and how often each of its passes all-reduces."""
+    """How far both differ, eager and in a graph, and the lengths of what each pass of the graph all-reduces."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
 
     found = []
 
     def compiler(graph, inputs):
-        found.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
+        reduced = [node.args[0] for node in graph.graph.nodes if "all_reduce" in str(node.target)]
+        found.append([node.meta["val"].numel() for node in reduced])
         return make_boxed_func(graph)
 
     results = []
@@ -144,14 +147,14 @@ def bare_in_a_graph(rank, world_size):
         )
         y = run(x)
         y.backward(torch.randn_like(y))
-        results.append((y.detach(), x.grad, model[0].running_var))
+        results.append((y.detach(), x.grad, model[0].running_var, model[0].num_batches_tracked))
     return [(a - b).abs().max().item() for a, b in zip(*results, strict=True)], found
 
 
 def test_bare_in_a_graph_too(run):
-    for differences, num_all_reduces in run(bare_in_a_graph, 2):
+    for differences, lengths in run(bare_in_a_graph, 2):
         assert max(differences) < 1e-5
-        assert num_all_reduces == [2, 2]
+        assert lengths == [[7, 7], [6, 6]]
 
 
 def test_the_floor_copies():
@@ -366,11 +369,44 @@ def test_a_layer_saves_its_input_and_little_more(shape, name):
     assert row["input"] < row["saved"] <= row["input"] + 64 * shape[1] + 1024
 
 
+class Broken(nn.Module):
+    def forward(self, x):
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+
+def test_graph_breaks_are_counted():
+    torch._dynamo.reset()
+    model = torch.compile(Broken(), backend="eager")
+    assert contenders.count_graph_breaks("compiled", lambda: model(torch.ones(2))) == 1
+    assert contenders.count_graph_breaks("reference", lambda: model(torch.ones(2))) is None
+    with pytest.raises(RuntimeError, match=r"expected torch\.compile to make a graph of compiled, got none"):
+        contenders.count_graph_breaks("compiled", lambda: None)
+
+
+def test_the_figure_has_a_panel_for_each_part():
+    times = {name: [1.0, 2.0, 3.0] for name in ("plain", "reference", "plain_compiled", "compiled")}
+    rows = timing.summarize(times, ("plain", "plain_compiled"))
+    layers = [{"shape": [2, 3], "format": "contiguous", **row} for row in rows]
+    pair = timing.summarize({"plain": [1.0, 1.0], "saving": [1.5, 1.5]}, ("plain",))
+    saving = [{"model": "unet", "saved": n, "peak": 2 * n, **row} for n, row in zip((8, 4), pair, strict=True)]
+    figure = plot.draw({"layer": layers, "step": rows, "save_memory": saving})
+    of_layer, of_step, of_memory = ([label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes)
+    assert of_layer == [CONTENDERS[name].label for name in ("reference", "compiled")]
+    assert of_step == [CONTENDERS[name].label for name in times]
+    assert of_memory == ["unet"]
+    points = [line.get_xdata()[0] for line in figure.axes[2].lines if line.get_marker() != "None"]
+    assert sorted(points) == [0.5, 0.5, 1.5]
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="parts: expected some of layer, step"):
         registry.check(composed("parts=[layer,lyer]"))
     with pytest.raises(ValueError, match=r"contenders: expected names out of plain, bare.*, got gathre"):
         registry.check(composed("parts=[memory]", "memory.step_contenders=[gathre]"))
+    with pytest.raises(ValueError, match=r"out of plain, bare.*floor, got plain_compiled"):
+        registry.check(composed("parts=[collectives]", "collectives.contenders=[plain_compiled]"))
 
 
 def test_tables_as_text():

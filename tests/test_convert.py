@@ -136,8 +136,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("norm", ["syncbn", "gn", "frozen"])
-@pytest.mark.parametrize("name", MODELS)
+SLOW_MODELS = [pytest.param(name, norm, marks=pytest.mark.slow) for name in MODELS for norm in ("gn", "frozen")]
+
+
+@pytest.mark.parametrize(("name", "norm"), [*((name, "syncbn") for name in MODELS), *SLOW_MODELS])
 def test_real_models_convert_completely_and_come_back(name, norm):
     model = MODELS[name]().eval()
     kinds = {n: type(m) for n, m in model.named_modules()}

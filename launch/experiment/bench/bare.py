@@ -1,4 +1,4 @@
-"""Plain BatchNorm that communicates as much as SyncBatchNorm: what the communication alone costs."""
+"""Plain BatchNorm that all-reduces as many numbers as SyncBatchNorm: what waiting for all-reduces costs by itself."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class BareBatchNorm(_BatchNorm):
     """Normalize as nn.BatchNorm does, per rank, and all-reduce as many numbers as SyncBatchNorm, where it does.
 
-    2C + 1 float64 numbers before the forward pass and 2C before the backward pass, all zeros, each waited for: the
-    least that a layer which blocks on its all-reduces can take. A graph of torch.compile keeps in order only what
-    depends on each other, so there the zeros are made of the first value of the input, and added to weight and dy.
+    2C + 1 float64 numbers before the forward pass and 2C before the backward pass, all zeros, each waited for: what a
+    layer takes that blocks on its all-reduces. (SyncBatchNorm on gloo gathers instead, where that is faster.) A graph
+    of torch.compile keeps in order only what depends on each other, so there the zeros are made of the first value of
+    the input, and added to weight and dy.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -28,6 +29,8 @@ class BareBatchNorm(_BatchNorm):
         return y
 
     def _in_graph(self, input: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
         momentum, running = self.momentum or 0.0, (self.running_mean, self.running_var)
         weight = self.weight + _all_reduced_zeros(input.detach(), 2 * self.num_features + 1)[: self.num_features]
         y = torch.nn.functional.batch_norm(input, *running, weight, self.bias, True, momentum, self.eps)

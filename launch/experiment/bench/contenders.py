@@ -45,28 +45,35 @@ def prepare(name: str, model: nn.Module, device: str | torch.device) -> nn.Modul
     return torch.compile(model, dynamic=False) if CONTENDERS[name].is_compiled else model  # type: ignore[return-value]
 
 
-def run_alike(base: str, name: str) -> str:
-    """Return the contender that is ``base`` and, if the one called ``name`` is compiled, compiled."""
+def base_for(name: str, base: str) -> str:
+    """Return what a contender is compared with: ``base``, compiled if the contender is compiled."""
     return f"{base}_compiled" if CONTENDERS[name].is_compiled else base
 
 
 def count_graph_breaks(name: str, run: Callable[[], object]) -> int | None:
-    """Compile by a first run, and count; None for what is not compiled."""
+    """Compile by a first run, and count; None for what is not compiled.
+
+    Raises:
+        RuntimeError: If nothing was compiled, as with torch.compile turned off.
+    """
     if not CONTENDERS[name].is_compiled:
         return None
     from torch._dynamo.utils import counters
 
     counters.clear()
     run()
+    if not counters["stats"]["unique_graphs"]:
+        raise RuntimeError(f"expected torch.compile to make a graph of {name}, got none; is TORCHDYNAMO_DISABLE set?")
     return sum(counters["graph_break"].values())
 
 
-def check(names: Sequence[str]) -> None:
-    """Refuse an unknown contender.
+def check(names: Sequence[str], may_be_compiled: bool) -> None:
+    """Refuse an unknown contender, and a compiled one in a part that does not compile.
 
     Raises:
         ValueError: With the choices.
     """
-    unknown = [name for name in names if name not in CONTENDERS]
+    known = CONTENDERS if may_be_compiled else _EAGER
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"contenders: expected names out of {', '.join(CONTENDERS)}, got {', '.join(unknown)}")
+        raise ValueError(f"contenders: expected names out of {', '.join(known)}, got {', '.join(unknown)}")

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from experiment.bench import timing
-from experiment.bench.contenders import CONTENDERS, count_graph_breaks, prepare, run_alike
+from experiment.bench.contenders import CONTENDERS, base_for, count_graph_breaks, prepare
 from experiment.bench.spawn import fake_group
 from experiment.bench.tables import Table, ratio, shape_text, spread
 from syncbn import use_kernels
@@ -69,7 +69,7 @@ def _summary(rows: Sequence[Row], names: Sequence[str]) -> Table:
     forms = list(dict.fromkeys(row["format"] for row in rows))
     lines = []
     for name in names:
-        mine, plain = [row for row in rows if row["contender"] == name], run_alike("plain", name)
+        mine, plain = [row for row in rows if row["contender"] == name], base_for(name, "plain")
         means = [_mean([row for row in mine if row["format"] == form], plain) for form in forms]
         worst = max((row["ratios"][plain].median for row in mine if plain in row["ratios"]), default=None)
         ends = [_mean(mine, "plain"), _mean(mine, "floor")]
@@ -95,7 +95,7 @@ def _by_case(rows: Sequence[Row], names: Sequence[str]) -> Table:
         cases.setdefault((shape_text(row["shape"]), row["format"]), {})[row["contender"]] = row
     lines = []
     for case, of in cases.items():
-        cells = [spread(of[name]["ratios"].get(run_alike("plain", name))) for name in names if name != "plain"]
+        cells = [spread(of[name]["ratios"].get(base_for(name, "plain"))) for name in names if name != "plain"]
         lines.append([*case, *([f"{of['plain']['ms'].median:.3g}"] if "plain" in of else []), *cells])
     plain = ["plain, ms"] if "plain" in names else []
     note = "Median (quartiles) of the ratios to plain nn.BatchNorm, of compiled to compiled, within a round."

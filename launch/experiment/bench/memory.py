@@ -130,5 +130,5 @@ def _steps(rows: Sequence[Row]) -> Table:
         ratio = f"{row['peak'] / plain['peak']:.3f}" if plain else ""
         lines.append([row["arch"], CONTENDERS[row["contender"]].label, *cells, ratio])
     columns = ["model", "", "saved, MiB", "peak, MiB", "to nn.BatchNorm"]
-    note = "Saved: without parameters. Peak: resident memory of a training step above that before it."
+    note = "Saved: without parameters. Peak: resident memory of a training step above the highest before it."
     return Table("Memory of a training step", columns, lines, note)

@@ -41,6 +41,6 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
     for part in config.parts:
         for key in ("contenders", "step_contenders"):
-            contenders.check(config[part].get(key, ()))
+            contenders.check(config[part].get(key, ()), may_be_compiled=part in ("layer", "step"))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: expected a GPU, found none; use device=cpu")

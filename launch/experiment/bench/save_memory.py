@@ -83,6 +83,6 @@ def tabulate(rows: Sequence[Row]) -> list[Table]:
     columns = ["model", "kept, MiB", "save_memory", "ratio", "peak, MiB", "save_memory", "ratio", "time, ratio"]
     note = (
         "Kept for backward: storages, each once, without parameters. Peak: resident memory of a training step above "
-        "that before it, gradients included."
+        "the highest before it, of a step on smaller images."
     )
     return [Table("Memory with save_memory", columns, lines, note)]

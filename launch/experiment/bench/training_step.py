@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from experiment.bench import spawn, timing
-from experiment.bench.contenders import CONTENDERS, count_graph_breaks, prepare, run_alike
+from experiment.bench.contenders import CONTENDERS, base_for, count_graph_breaks, prepare
 from experiment.bench.tables import Table, spread
 from experiment.training.instantiate import instantiate
 from syncbn import use_kernels
@@ -81,7 +81,7 @@ def tabulate(rows: Sequence[Row]) -> list[Table]:
         [
             CONTENDERS[row["contender"]].label,
             spread(row["ms"], digits=1),
-            *(spread(row["ratios"].get(run_alike(base, row["contender"]))) for base in ("bare", "plain")),
+            *(spread(row["ratios"].get(base_for(row["contender"], base))) for base in ("bare", "plain")),
             spread(row["ratios"].get("plain")),
             "" if row["graph_breaks"] is None else str(row["graph_breaks"]),
         ]
