@@ -63,7 +63,7 @@ def _draw_layer(axes: Axes, rows: Sequence[Row]) -> None:
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_title("Layer: time over nn.BatchNorm (compiled over compiled), per shape", **TITLE)
+    axes.set_title("Layer: time over nn.BatchNorm, compiled over compiled", **TITLE)
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=3, frameon=False)
 
 
