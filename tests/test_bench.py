@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from torch import nn
+from versions import VERSION
 
 from experiment.bench import (
     collectives,
@@ -154,7 +155,8 @@ def bare_in_a_graph(rank, world_size):
 def test_bare_in_a_graph_too(run):
     for differences, lengths in run(bare_in_a_graph, 2):
         assert max(differences) < 1e-5
-        assert lengths == [[7, 7], [6, 6]]
+        again = [7, 7] if VERSION < (2, 7) else []  # torch 2.6 repeats the forward pass's in backward
+        assert lengths == [[7, 7], [*again, 6, 6]]
 
 
 def test_the_floor_copies():
