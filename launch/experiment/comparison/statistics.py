@@ -81,24 +81,34 @@ def paired(values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
 def seeds_to_settle(found: Interval, significance: float, margin: float, power: float = 0.8) -> int | None:
     """Tell how many seeds would settle a paired difference, if its mean and spread are those found.
 
-    The least n at which, with this probability, the two-sided t test shows the difference (by Student's noncentral t),
-    or the 95 % interval lies within plus or minus `margin`; None beyond 10 000, or without a spread to judge by.
+    The least n at which, with this probability, the two-sided t test shows the difference, or the 95 % interval lies
+    within plus or minus `margin`; None beyond 10 000, or without a spread to judge by.
     """
     if found.half is None or found.half == 0:
         return None
     deviation = found.half * math.sqrt(found.n) / float(stats.t.ppf((1 + CONFIDENCE) / 2, found.n - 1))
     n = np.unique(np.geomspace(2, 10_000, 500).astype(int))
-    shift = abs(found.mean) / deviation * np.sqrt(n)
-    limit = stats.t.ppf(1 - significance / 2, n - 1)
-    shown = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
-    settled = np.maximum(shown, _within(found.mean, deviation, n, margin)) >= power
+    probability = np.maximum(_shown(found.mean, deviation, n, significance), _within(found.mean, deviation, n, margin))
+    settled = probability >= power
     return int(n[settled][0]) if settled.any() else None
 
 
-def _within(mean: float, deviation: float, n: NDArray[np.int_], margin: float) -> NDArray[np.float64]:
-    """Give the probability that the interval over n seeds lies within the margin, by quantiles of the spread found."""
+def _spreads(n: NDArray[np.int_]) -> NDArray[np.float64]:
+    """Give 200 quantiles of the standard deviation that n seeds find, over the true one: a row each."""
     levels = (np.arange(200) + 0.5) / 200
-    spread = deviation * np.sqrt(stats.chi2.ppf(levels[:, None], n - 1) / (n - 1))
+    return np.asarray(np.sqrt(stats.chi2.ppf(levels[:, None], n - 1) / (n - 1)))
+
+
+def _shown(mean: float, deviation: float, n: NDArray[np.int_], significance: float) -> NDArray[np.float64]:
+    """Give the probability that the t test over n seeds shows the difference; `nct` of scipy is at times NaN."""
+    shift = abs(mean) / deviation * np.sqrt(n)
+    limit = stats.t.ppf(1 - significance / 2, n - 1) * _spreads(n)
+    return np.asarray((stats.norm.sf(limit - shift) + stats.norm.cdf(-limit - shift)).mean(0))
+
+
+def _within(mean: float, deviation: float, n: NDArray[np.int_], margin: float) -> NDArray[np.float64]:
+    """Give the probability that the interval over n seeds lies within the margin."""
+    spread = deviation * _spreads(n)
     room = margin - stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * spread / np.sqrt(n)  # for the mean
     error = deviation / np.sqrt(n)
     inside = stats.norm.cdf((room - mean) / error) - stats.norm.cdf((-room - mean) / error)
