@@ -460,8 +460,8 @@ def test_killed_twice_and_started_again_equals_an_uninterrupted_run(tmp_path):
     assert len(rows_of(out)) == 6
 
     row = rows_of(out)["syncbn-w4-p1-s1"]
-    word, script, *arguments = shlex.split(row["command"])
-    assert (word, script) == ("python", "launch/train.py")
+    threads, word, script, *arguments = shlex.split(row["command"])
+    assert (threads, word, script) == (f"OMP_NUM_THREADS={row['num_threads']}", "python", "launch/train.py")
     environment = {**os.environ, "SYNCBN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": str(row["num_threads"])}
     subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, env=environment, check=True)
     [alone] = (tmp_path / "outputs").glob("*/results.json")
