@@ -1,4 +1,4 @@
-"""Layers in a graph of torch.compile: precision, kernels per layer, recompilations. In DDP: test_ddp_order.py."""
+"""Layers in a graph of torch.compile: precision, kernels, recompilations, caches, DDP (groups: test_ddp_order.py)."""
 
 import copy
 import warnings
@@ -230,12 +230,13 @@ def in_ddp(rank, world_size, which):
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # while torch traces
     model = syncbn.convert(net(3))
     ddp = nn.parallel.DistributedDataParallel(torch.compile(model, **FULL) if which == "inside" else model)
     run = torch.compile(ddp, backend="aot_eager") if which == "around" else ddp
-    for seed in (1, 2):
-        step(run, torch.randn(2 + rank, 16, 6, 6, generator=torch.Generator().manual_seed(seed + 10 * rank)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # while torch traces
+        for seed in (1, 2):
+            step(run, torch.randn(2 + rank, 16, 6, 6, generator=torch.Generator().manual_seed(seed + 10 * rank)))
     return [p.grad for p in model.parameters()], counters["stats"]["unique_graphs"]
 
 

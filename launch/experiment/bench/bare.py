@@ -5,8 +5,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as functional
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.private import all_reduce_in_graph
 
 
 class BareBatchNorm(_BatchNorm):
@@ -53,5 +54,4 @@ class _ExchangeBackward(torch.autograd.Function):
 
 def _all_reduced_zeros(x: Tensor, num_values: int) -> Tensor:
     zeros = (x[(0,) * x.dim()].double() * 0).expand(num_values).clone()
-    summed: Tensor = functional.all_reduce(zeros, "sum", [*range(dist.get_world_size())])
-    return summed.to(x.dtype)
+    return all_reduce_in_graph(zeros, dist.group.WORLD).to(x.dtype)

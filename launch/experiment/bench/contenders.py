@@ -13,7 +13,7 @@ from experiment.bench.bare import BareBatchNorm
 
 
 class Contender(NamedTuple):
-    """What tables call it, how a model becomes one, and the name of the kernels of `syncbn.use_kernels`."""
+    """What tables call it, how a model becomes one, its kernels (of `syncbn.use_kernels`), and if it is compiled."""
 
     label: str
     convert: Callable[[nn.Module], nn.Module]
